@@ -1,0 +1,301 @@
+"""Gumbel-softmax and Gumbel attention as functions: check the arguments, draw the seed, pick the implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import checks
+from .checks import Number
+from .config import IMPLS, check_choice, check_positive, choose
+from .impl import reference
+from .impl.problem import AttentionInfo, AttentionProblem, Choice, compute_dtype
+from .noise import Coordinates, draw_seed
+
+__all__ = ["AttentionInfo", "gumbel_attention", "gumbel_attention_with_info", "gumbel_softmax"]
+
+
+class AttentionSettings(TypedDict, total=False):
+    """The keyword arguments that attention takes beyond scaled_dot_product_attention's."""
+
+    tau: Number
+    hard: bool
+    noise: str
+    noise_scale: Number
+    estimator: str | None
+    softcap: float | None
+    sinks: Tensor | None
+    seed: int | Tensor | None
+    q_offset: int | Tensor
+    k_offset: int | Tensor
+    h_offset: int
+    h_total: int | None
+    impl: str
+
+
+def gumbel_softmax(
+    logits: Tensor,
+    tau: Number = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    noise: str = "gumbel",
+    noise_scale: Number = 1.0,
+    mask: Tensor | None = None,
+    estimator: str | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    r"""A relaxed or hard sample of Categorical(softmax(logits)) along ``dim``.
+
+    .. math:: y = \mathrm{softmax}((\mathrm{logits} + c\,G) / \tau), \qquad G \sim \mathrm{Gumbel}(0, 1)
+
+    and with ``hard`` the one-hot of its largest entry, with the gradient of ``y`` (Jang et al. 2017, Maddison et
+    al. 2017). Takes the place of :func:`torch.nn.functional.gumbel_softmax` argument for argument. Unlike it: the
+    noise is float32 also for half precision logits, so that their frequencies are right; it is never infinite; masked
+    entries get exactly 0, and so does a row of which nothing is left; the hard sample is exactly one-hot; the
+    noise has a seed, and can be switched off.
+
+    Args:
+        logits: (..., n), floating point. Entries of -inf (any <= finfo.min / 2) do not take part.
+        tau: temperature, > 0: a number or a tensor of shape () or (1,).
+        hard: return a one-hot sample.
+        eps: ignored; torch ignores it too.
+        dim: the dimension of the categories.
+        noise: ``"gumbel"``, ``"normal"`` or ``"none"``.
+        noise_scale: c, multiplies the noise: a number >= 0 or a tensor of shape () or (1,).
+        mask: broadcasts to the logits; bool (True takes part) or floating point (added to them).
+        estimator: how the gradient passes a hard sample: ``"straight_through"`` (the default when ``hard``).
+        seed: the noise's seed; ``None`` draws one from torch's default generator. The noise of an entry depends on
+            the seed and its index alone: the last two dimensions, ``dim`` moved last, are its (query, key)
+            position, the others its head.
+
+    Returns:
+        The shape and dtype of ``logits``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
+    """
+    checks.check_tensor("logits", logits)
+    check_choice(hard, noise, estimator)
+    checks.check_scalar_or_per_head("tau", tau, 1)
+    checks.check_scalar_or_per_head("noise_scale", noise_scale, 1, zero_allowed=True)
+    if logits.ndim == 0:
+        raise ValueError("logits must have at least one dimension, got a scalar.")
+    if mask is not None:
+        checks.check_mask("mask", mask, logits.shape, logits.device)
+
+    moved = logits.movedim(dim, -1)
+    rows = moved[None] if moved.ndim == 1 else moved
+    flat = rows.reshape(1, -1, *rows.shape[-2:])
+    batch, heads, q_len, k_len = flat.shape
+    scores, keep = logits.to(compute_dtype(logits.dtype)), _takes_part(logits)
+    if mask is not None:
+        keep = keep & _takes_part(mask)
+        scores = scores if mask.dtype == torch.bool else scores + mask
+    drawn = None
+    if _draws(noise, noise_scale):
+        key = draw_seed(logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
+        drawn = Coordinates(key, batch, heads, q_len, k_len)
+    choice = _choice(tau, hard, noise, noise_scale, drawn)
+
+    def rows_of(x: Tensor) -> Tensor:
+        return x.movedim(dim, -1).reshape(flat.shape)
+
+    chosen = reference.choose(rows_of(scores), rows_of(keep), choice)
+    weights = chosen.relaxed
+    if chosen.one_hot is not None:
+        weights = reference.straight_through(chosen.one_hot, weights)
+    return weights.reshape(moved.shape).movedim(-1, dim).to(logits.dtype)
+
+
+def gumbel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **settings: Unpack[AttentionSettings],
+) -> Tensor:
+    """Attention whose softmax is a Gumbel-softmax, or a hard choice with a straight-through gradient.
+
+    :func:`torch.nn.functional.scaled_dot_product_attention` with the same arguments in the same order and with the
+    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is.
+
+    Returns:
+        (..., q_len, v_dim), the dtype of the query.
+    """
+    return gumbel_attention_with_info(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings
+    ).output
+
+
+def gumbel_attention_with_info(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    tau: Number = 1.0,
+    hard: bool = False,
+    noise: str = "gumbel",
+    noise_scale: Number = 1.0,
+    estimator: str | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    q_offset: int | Tensor = 0,
+    k_offset: int | Tensor = 0,
+    h_offset: int = 0,
+    h_total: int | None = None,
+    impl: str = "auto",
+) -> AttentionInfo:
+    r"""Gumbel attention together with the weights used, the keys chosen and their log-probability.
+
+    .. math::
+        Z = (S + c\,G) / \tau, \quad S = \mathrm{scale}\,Q K^T + \mathrm{mask}, \quad P = \mathrm{softmax}(Z), \quad
+        O = P V \;\text{ or, hard, }\; O = V[\arg\max Z]
+
+    The gradient of a hard choice is that of weights ``onehot - stop_gradient(P) + P``: V receives what the one-hot
+    sends it, Q and K what P does. (Straight-through on the output instead would send V the gradient of P.)
+
+    Args:
+        query: (..., H, q_len, D).
+        key: (..., Hk, k_len, D).
+        value: (..., Hk, k_len, Dv). Keys and values that no query sees never reach an output.
+        attn_mask: broadcasts to (..., H, q_len, k_len); bool (True takes part) or floating point (added to the
+            scores; an entry <= finfo.min / 2 does not take part). A row in which nothing takes part gives 0.
+        dropout_p: dropout of the weights used, by the noise's own counter: the seed repeats it. After a hard
+            choice it zeroes whole outputs.
+        is_causal: query ``q + q_offset`` sees key ``k + k_offset`` iff it is not later; goes together with a mask.
+        scale: multiplies the scores; ``None`` is 1 / sqrt(D).
+        enable_gqa: H may be a multiple of Hk. The noise is drawn for each query head.
+        tau: temperature, > 0: a number, or a tensor of shape (), (1,) or (H,), which receives its gradient.
+        hard: each query takes the value of one key.
+        noise: ``"gumbel"``, ``"normal"`` (of the same variance) or ``"none"``.
+        noise_scale: c, >= 0, in the same forms as ``tau``.
+        estimator: how the gradient passes a hard choice: ``"straight_through"`` (the default when ``hard``).
+        softcap: scores become ``softcap * tanh(scores / softcap)``, before the mask.
+        sinks: (H,) scores of a column that takes part in softmax and noise like any key (at key position
+            2^32 - 1), but has no value: attention to it gives 0. Neither scaled nor capped.
+        seed: an int, an int64 tensor of shape (), or one of shape (B,) that gives each example its own noise
+            wherever it stands in the batch. ``None`` draws one from torch's default generator.
+        q_offset: position of the first query: an int, or int64 of shape (B,).
+        k_offset: position of the first key, likewise.
+        h_offset: the first head, where these heads are a shard of a layer's.
+        h_total: the number of heads of that layer; needed for a shard.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        :class:`AttentionInfo`.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
+    """
+    check_choice(hard, noise, estimator)
+    choose("impl", impl, IMPLS)
+    checks.check_dropout(dropout_p)
+    checks.check_qkv(query, key, value, enable_gqa)
+    query, key, value = _autocast(query, key, value)
+    lead = query.shape[:-2]
+    q, k, v = _as_4d(query), _as_4d(key), _as_4d(value)
+    batch, heads, q_len, _ = q.shape
+    k_len = k.shape[-2]
+
+    checks.check_scalar_or_per_head("tau", tau, heads)
+    checks.check_scalar_or_per_head("noise_scale", noise_scale, heads, zero_allowed=True)
+    checks.check_offset("q_offset", q_offset, batch)
+    checks.check_offset("k_offset", k_offset, batch)
+    checks.check_head_shard(h_offset, h_total, heads)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), one for each head, got {tuple(sinks.shape)}.")
+    keep = bias = None
+    if attn_mask is not None:
+        checks.check_mask("attn_mask", attn_mask, (*lead, q_len, k_len), query.device)
+        mask = _mask_as_4d(attn_mask, lead)
+        keep, bias = _takes_part(mask), None if mask.dtype == torch.bool else mask
+
+    drawn = None
+    if _draws(noise, noise_scale) or dropout_p > 0.0:
+        key_ = draw_seed(query.device) if seed is None else checks.as_seed(seed, batch, query.device)
+        drawn = Coordinates(key_, batch, heads, q_len, k_len, q_offset, k_offset, h_offset, h_total)
+    problem = AttentionProblem(
+        query=q,
+        key=k,
+        value=v,
+        keep=keep,
+        bias=bias,
+        is_causal=is_causal,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=float(dropout_p),
+        choice=_choice(tau, hard, noise, noise_scale, drawn),
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        info = reference.attention(problem)
+
+    def as_given(x: Tensor) -> Tensor:
+        return x.reshape(*lead, *x.shape[2:])
+
+    return AttentionInfo(
+        as_given(info.output),
+        as_given(info.weights),
+        None if info.indices is None else as_given(info.indices),
+        None if info.log_prob is None else as_given(info.log_prob),
+    )
+
+
+def _draws(noise: str, noise_scale: Number) -> bool:
+    """Whether there is noise to add; a tensor's value is not read."""
+    return noise != "none" and (isinstance(noise_scale, Tensor) or noise_scale > 0)
+
+
+def _choice(tau: Number, hard: bool, noise: str, noise_scale: Number, where: Coordinates | None) -> Choice:
+    def per_head(x: Number) -> Number:
+        return x.reshape(1, -1, 1, 1) if isinstance(x, Tensor) else x
+
+    return Choice(per_head(tau), hard, noise if _draws(noise, noise_scale) else "none", per_head(noise_scale), where)
+
+
+def _takes_part(mask: Tensor) -> Tensor:
+    """Which entries of a bool or additive mask take part."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _as_4d(x: Tensor) -> Tensor:
+    """(..., H, L, D) as (B, H, L, D); without a head dimension, H is 1."""
+    if x.ndim < 4:
+        x = x[:, None] if x.ndim == 3 else x[None, None]
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _mask_as_4d(mask: Tensor, lead: torch.Size) -> Tensor:
+    """A mask that broadcasts to (*lead, Lq, Lk) as one that broadcasts to (B, H, Lq, Lk), expanded only where needed."""
+    mask = mask.reshape(*(1,) * (len(lead) + 2 - mask.ndim), *mask.shape)
+    if len(lead) > 2:
+        mask = mask.expand(*lead[:-1], *mask.shape[-3:])
+    return _as_4d(mask)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as scaled_dot_product_attention takes them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

@@ -1,0 +1,1 @@
+"""Implementations of the same mathematics; none imports the internals of another."""

@@ -1,0 +1,83 @@
+"""What every implementation takes and gives: checked, four-dimensional arguments and the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..noise import Coordinates, positions
+
+
+class AttentionInfo(NamedTuple):
+    """The result of attention together with what was chosen.
+
+    Attributes:
+        output: (..., q_len, v_dim), the dtype of the query.
+        weights: (..., q_len, k_len), the weights actually used, after dropout; one-hot where the choice is hard.
+        indices: (..., q_len) int64, the chosen key; -1 where no key takes part or the sink was chosen. ``None``
+            for a soft choice.
+        log_prob: (..., q_len), log softmax(scores / noise_scale) of the choice, 0 where no key takes part;
+            differentiable. ``None`` unless the choice is hard and the noise is Gumbel's: only then is
+            the choice a sample of that distribution.
+    """
+
+    output: Tensor
+    weights: Tensor
+    indices: Tensor | None
+    log_prob: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How scores become weights: the arguments that attention and ``gumbel_softmax`` share.
+
+    ``tau`` and ``noise_scale`` are floats or tensors that broadcast against (batch, heads, q_len, k_len).
+    ``noise`` is ``"none"`` where no noise is to be added. ``where`` is ``None`` where nothing is to be drawn.
+    """
+
+    tau: float | Tensor
+    hard: bool
+    noise: str
+    noise_scale: float | Tensor
+    where: Coordinates | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionProblem:
+    """Checked arguments of one attention call.
+
+    query (B, H, Lq, D), key (B, Hk, Lk, D), value (B, Hk, Lk, Dv) with Hk dividing H, one dtype and device;
+    ``keep`` bool (True takes part) and ``bias`` float (added to the scores) broadcast against (B, H, Lq, Lk).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keep: Tensor | None
+    bias: Tensor | None
+    is_causal: bool
+    q_offset: int | Tensor
+    k_offset: int | Tensor
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
+    choice: Choice
+
+    def visible(self) -> Tensor | None:
+        """Which keys take part: bool, broadcasts against (B, H, Lq, Lk); ``None`` where all do."""
+        if not self.is_causal:
+            return self.keep
+        device = self.query.device
+        q = positions(self.q_offset, self.query.shape[-2], device)
+        k = positions(self.k_offset, self.key.shape[-2], device)
+        causal = (q[:, :, None] >= k[:, None, :])[:, None]
+        return causal if self.keep is None else self.keep & causal
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of noise and softmax statistics: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,118 @@
+"""What an attention layer carries beside its weights: its settings, its current temperature, its noise switch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import NOISES, GumbelAttentionConfig, check_positive, choose
+
+
+class AttentionState(nn.Module):
+    """Settings and temperature of one layer, a submodule of it.
+
+    A scheduled temperature is a buffer outside the state_dict. A learned one is the parameter ``log_tau`` of shape
+    (1,) or (num_heads,), so that tau = exp(log_tau) is positive by construction. Both stay float32 whatever
+    dtype the model is cast to.
+
+    Args:
+        config: the settings.
+        num_heads: query heads of the layer.
+        device: where the temperature is kept.
+
+    Raises:
+        ValueError: ``config.heads`` names a head the layer does not have.
+    """
+
+    def __init__(
+        self, config: GumbelAttentionConfig, num_heads: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        outside = [head for head in config.heads or () if not -num_heads <= head < num_heads]
+        if outside:
+            raise ValueError(f"heads {outside} match nothing: the layer has {num_heads} heads, 0 to {num_heads - 1}.")
+        self.config = config
+        self.num_heads = num_heads
+        self.noise_override: bool | str | None = None
+        self.log_tau: nn.Parameter | None
+        self._tau: Tensor
+        if config.learn_tau is None:
+            self.register_parameter("log_tau", None)
+            self.register_buffer(
+                "_tau", torch.tensor(config.tau, dtype=torch.float32, device=device), persistent=False
+            )
+        else:
+            size = num_heads if config.learn_tau == "head" else 1
+            start = torch.full((size,), math.log(config.tau), dtype=torch.float32, device=device)
+            self.log_tau = nn.Parameter(start)
+
+    @property
+    def tau(self) -> Tensor:
+        """The current temperature: float32 of shape (), or (1,) or (num_heads,) where it is learned."""
+        return self._tau if self.log_tau is None else self.log_tau.exp()
+
+    def set_tau(self, tau: float) -> None:
+        """Sets the scheduled temperature.
+
+        Raises:
+            TypeError, ValueError: ``tau`` is not a finite number > 0.
+            RuntimeError: the temperature of this layer is learned.
+        """
+        check_positive("tau", tau)
+        if self.log_tau is not None:
+            raise RuntimeError("this layer learns its temperature (learn_tau); it cannot be set by a schedule.")
+        self._tau.fill_(tau)
+
+    def check_override(self, on: bool | str | None) -> None:
+        """Raises TypeError or ValueError unless ``on`` is a noise switch that this layer can follow."""
+        if isinstance(on, str):
+            choose("noise", on, NOISES)
+        elif on is not None and not isinstance(on, bool):
+            raise TypeError(f"noise must be True, False, a noise family, or None for the mode's own, got {on!r}.")
+        elif on and self.config.noise == "none":
+            raise ValueError("the layer has noise='none': name the family to switch on, such as 'gumbel'.")
+
+    def noise(self, training: bool) -> str:
+        """The noise family in force: the override if there is one, else the settings' in the given mode."""
+        if isinstance(self.noise_override, str):
+            return self.noise_override
+        on = (training or self.config.eval_noise) if self.noise_override is None else bool(self.noise_override)
+        return self.config.noise if on else "none"
+
+    def hard(self, training: bool) -> bool:
+        """Whether the choice is hard in the given mode."""
+        eval_hard = self.config.eval_hard
+        return self.config.hard if training or eval_hard is None else eval_hard
+
+    def arguments(self, training: bool) -> dict[str, Any]:
+        """Keyword arguments for :func:`gumbel_attention` in the given mode."""
+        hard = self.hard(training)
+        return {
+            "tau": self.tau,
+            "hard": hard,
+            "noise": self.noise(training),
+            "noise_scale": self.config.noise_scale,
+            "estimator": self.config.estimator if hard else None,
+            "impl": self.config.impl,
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionState:
+        """Moves the temperature with the model, but keeps it float32: bfloat16 would round it by up to 0.4 %."""
+
+        def keep_dtype(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings that differ from the defaults."""
+        default = GumbelAttentionConfig().to_dict()
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.config.to_dict().items() if value != default[name]
+        )
