@@ -52,7 +52,8 @@ def check_mask(name: str, mask: object, full: Sequence[int], device: torch.devic
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"{name} must be a bool tensor (True takes part) or a floating point one (added to the scores), got {came}."
+            f"{name} must be a bool tensor (True takes part) or a floating point one (added to the scores), "
+            f"got {came}."
         )
     fits = mask.ndim <= len(full) and all(
         m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False)

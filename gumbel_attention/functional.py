@@ -286,7 +286,7 @@ def _as_4d(x: Tensor) -> Tensor:
 
 
 def _mask_as_4d(mask: Tensor, lead: torch.Size) -> Tensor:
-    """A mask that broadcasts to (*lead, Lq, Lk) as one that broadcasts to (B, H, Lq, Lk), expanded only where needed."""
+    """A mask that broadcasts to (*lead, Lq, Lk) as one that broadcasts to (B, H, Lq, Lk)."""
     mask = mask.reshape(*(1,) * (len(lead) + 2 - mask.ndim), *mask.shape)
     if len(lead) > 2:
         mask = mask.expand(*lead[:-1], *mask.shape[-3:])

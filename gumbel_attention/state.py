@@ -55,6 +55,12 @@ class AttentionState(nn.Module):
         """The current temperature: float32 of shape (), or (1,) or (num_heads,) where it is learned."""
         return self._tau if self.log_tau is None else self.log_tau.exp()
 
+    def check_tau(self, tau: float) -> None:
+        """Raises what :meth:`set_tau` would, and changes nothing."""
+        check_positive("tau", tau)
+        if self.log_tau is not None:
+            raise RuntimeError("this layer learns its temperature (learn_tau); it cannot be set by a schedule.")
+
     def set_tau(self, tau: float) -> None:
         """Sets the scheduled temperature.
 
@@ -62,9 +68,7 @@ class AttentionState(nn.Module):
             TypeError, ValueError: ``tau`` is not a finite number > 0.
             RuntimeError: the temperature of this layer is learned.
         """
-        check_positive("tau", tau)
-        if self.log_tau is not None:
-            raise RuntimeError("this layer learns its temperature (learn_tau); it cannot be set by a schedule.")
+        self.check_tau(tau)
         self._tau.fill_(tau)
 
     def check_override(self, on: bool | str | None) -> None:

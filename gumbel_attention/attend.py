@@ -1,0 +1,92 @@
+"""Attention as a layer's state asks for it: the call that every module and integration makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import AttentionInfo, gumbel_attention_with_info
+from .state import AttentionState
+
+
+def attend(
+    state: AttentionState,
+    training: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> AttentionInfo:
+    """:func:`gumbel_attention_with_info` with the settings, temperature and noise switch of ``state``.
+
+    Heads that ``state.config.heads`` leaves out get their plain softmax (tau 1, no noise, soft), to the bit. Where
+    the others choose hard, such a head has index -1 and log-probability 0: it made no choice.
+
+    Args:
+        state: of the layer that attends.
+        training: the layer's mode.
+        query: (B, H, q_len, D).
+        key: (B, Hk, k_len, D); Hk divides H.
+        value: (B, Hk, k_len, Dv).
+        attn_mask: as in :func:`gumbel_attention_with_info`, like all that follow.
+        dropout_p: of the weights used.
+        is_causal: a query sees no later key; goes together with a mask.
+        scale: multiplies the scores; ``None`` is 1 / sqrt(D).
+        softcap: bounds the scores.
+        sinks: (H,) scores of a column without value.
+
+    Returns:
+        :class:`AttentionInfo`.
+
+    Raises:
+        ValueError: some heads are left out, and the query has not as many heads as ``state``.
+        TypeError, ValueError: as :func:`gumbel_attention_with_info`.
+    """
+
+    def with_settings(**settings: object) -> AttentionInfo:
+        enable_gqa = query.shape[-3] != key.shape[-3]
+        return gumbel_attention_with_info(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            softcap=softcap,
+            sinks=sinks,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    chosen = with_settings(**state.arguments(training))
+    if state.config.heads is None:
+        return chosen
+    if query.shape[-3] != state.num_heads:
+        raise ValueError(
+            f"heads={list(state.config.heads)} selects from {state.num_heads} heads, got a query of shape "
+            f"{tuple(query.shape)} with {query.shape[-3]}."
+        )
+    plain = with_settings(noise="none", impl=state.config.impl)
+    return _per_head(_selected(state, query.device), chosen, plain)
+
+
+def _selected(state: AttentionState, device: torch.device) -> Tensor:
+    """Which heads the settings select: bool (H, 1)."""
+    chosen = {head % state.num_heads for head in state.config.heads or ()}
+    return torch.tensor([[head in chosen] for head in range(state.num_heads)], device=device)
+
+
+def _per_head(selected: Tensor, chosen: AttentionInfo, plain: AttentionInfo) -> AttentionInfo:
+    """``chosen`` for the selected heads, ``plain`` for the others, which choose nothing."""
+    return AttentionInfo(
+        torch.where(selected[..., None], chosen.output, plain.output),
+        torch.where(selected[..., None], chosen.weights, plain.weights),
+        None if chosen.indices is None else chosen.indices.where(selected, -1),
+        None if chosen.log_prob is None else chosen.log_prob.where(selected, 0.0),
+    )
