@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import GumbelAttentionConfig
 from .functional import AttentionInfo, gumbel_attention, gumbel_attention_with_info, gumbel_softmax
+from .modules import GumbelMultiheadAttention, GumbelSetAttention, SetAttentionOutput
 from .schedules import temperature_schedule
 from .version import __version__
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionInfo",
     "GumbelAttentionConfig",
+    "GumbelMultiheadAttention",
+    "GumbelSetAttention",
     "ModelPatch",
+    "SetAttentionOutput",
     "__version__",
     "gumbel_attention",
     "gumbel_attention_with_info",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def attend(
         TypeError, ValueError: as :func:`gumbel_attention_with_info`.
     """
 
-    def with_settings(**settings: object) -> AttentionInfo:
+    def with_settings(**settings: Any) -> AttentionInfo:
         enable_gqa = query.shape[-3] != key.shape[-3]
         return gumbel_attention_with_info(
             query,
@@ -61,7 +63,7 @@ def attend(
             enable_gqa,
             softcap=softcap,
             sinks=sinks,
-            **settings,  # type: ignore[arg-type]
+            **settings,
         )
 
     chosen = with_settings(**state.arguments(training))

@@ -21,10 +21,8 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raises TypeError or ValueError unless the three fit together as scaled_dot_product_attention's do."""
+    """Raises TypeError or ValueError unless the three tensors fit together as scaled_dot_product_attention's do."""
     named = (("query", query), ("key", key), ("value", value))
-    for name, x in named:
-        check_tensor(name, x)
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
     if len({x.dtype for _, x in named}) > 1:
         raise TypeError(f"query, key and value must share a dtype, got {[x.dtype for _, x in named]}.")
@@ -128,3 +126,36 @@ def check_head_shard(h_offset: int, h_total: int | None, heads: int) -> None:
             f"a shard of heads needs h_total, the number of heads of the whole layer, and "
             f"0 <= h_offset <= h_total - {heads}; got h_offset={h_offset}, h_total={h_total}."
         )
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Raises ValueError unless ``num_heads`` heads of equal width make up ``embed_dim``."""
+    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(
+            f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim} and num_heads={num_heads}."
+        )
+
+
+def check_dims(**inputs: Tensor) -> None:
+    """Raises ValueError unless the tensors are all 3-D or all 2-D."""
+    if {x.ndim for x in inputs.values()} not in ({2}, {3}):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        raise ValueError(f"query, key and value must all be 3-D, or all 2-D without a batch, got {shapes}.")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
+    """Raises ValueError unless ``x`` has the expected sizes; ``None`` allows any."""
+    fits = x.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, x.shape, strict=True))
+    if not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name} must be {meaning} = ({sizes}), got {tuple(x.shape)}.")
+
+
+def check_torch_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless ``mask`` is one of torch's MultiheadAttention, of one of the shapes."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"{name} must be bool (True is masked out) or floating point (added to the scores), got {mask.dtype}."
+        )
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}.")

