@@ -5,13 +5,13 @@ import random
 
 import pytest
 import torch
-from integer_noise import integer_word
 from scipy import stats
 from torch.utils.checkpoint import checkpoint
 
 import gumbel_attention as ga
 from gumbel_attention import noise
 from gumbel_attention.noise import Coordinates
+from integer_noise import integer_word
 
 VECTORS = [  # (seed, b, h, H, q, k) -> word, from the specification
     ((0, 0, 0, 1, 0, 0), 0xE55B1B4D),

@@ -24,6 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+
 from harness.arguments import FinetuneArguments
 from harness.attention import attention_config, control_attention
 from harness.errors import UsageError

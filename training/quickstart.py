@@ -19,11 +19,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from tasks.babi import Story, StoryBatch, Vocabulary, WorldSettings, encode_stories, generate_stories
-from tasks.story_model import StoryModel
 from torch.nn import functional as F
 
 import gumbel_attention as ga
+from tasks.babi import Story, StoryBatch, Vocabulary, WorldSettings, encode_stories, generate_stories
+from tasks.story_model import StoryModel
 
 SHOWN = 3
 NEXT = "accelerate launch training/finetune.py --config configs/finetune/sst2_minilm.yaml"

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ablate
 import pytest
 import yaml
+
+import ablate
 from harness.ablation import Study, execute, launch_command, load_study, run_process
 from harness.errors import UsageError
 from harness.results import write_results

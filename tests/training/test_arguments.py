@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+
 from harness.arguments import FinetuneArguments
 from harness.attention import attention_config
 from harness.errors import UsageError

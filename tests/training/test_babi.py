@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from tasks.babi import (
     UNKNOWN,
     Story,

@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import finetune
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import finetune
 from harness import models
 from harness.ablation import execute, load_study
 from harness.arguments import FinetuneArguments
@@ -22,11 +28,6 @@ from harness.errors import UsageError
 from harness.loop import TrainingRecord
 from harness.results import read_results
 from tasks.classification import evaluate, load_data, make_loaders
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 WORDS = ["a", "dull", "film", "fine", "null", "NA", "plot", "the", "warm", '"quoted', "weak", "with"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

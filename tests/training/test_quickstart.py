@@ -3,12 +3,12 @@
 import json
 
 import pytest
-import quickstart
 import torch
-from tasks.babi import Vocabulary, WorldSettings, encode_stories, generate_stories, parse_babi
-from tasks.story_model import StoryModel
 
 import gumbel_attention as ga
+import quickstart
+from tasks.babi import Vocabulary, WorldSettings, encode_stories, generate_stories, parse_babi
+from tasks.story_model import StoryModel
 
 SMALL = ["--train_stories", "48", "--test_stories", "20", "--epochs", "2", "--batch_size", "16"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from harness import results as harness_results
 from harness.arguments import FinetuneArguments
 from harness.attention import NOISE_OFF, NOISE_ON

@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from harness.arguments import FinetuneArguments
-from harness.errors import UsageError
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
+
+from harness.arguments import FinetuneArguments
+from harness.errors import UsageError
 
 _LOADERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
