@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import TypedDict
+import inspect
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
+from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part
 from .checks import Number
-from .config import IMPLS, check_choice, check_positive, choose
-from .impl import reference
-from .impl.problem import AttentionInfo, AttentionProblem, Choice, compute_dtype
+from .config import check_choice
+from .impl import blockwise, reference
+from .impl.problem import AttentionInfo, compute_dtype
 from .noise import Coordinates, draw_seed
 
-__all__ = ["AttentionInfo", "gumbel_attention", "gumbel_attention_with_info", "gumbel_softmax"]
-
-
-class AttentionSettings(TypedDict, total=False):
-    """The keyword arguments that attention takes beyond scaled_dot_product_attention's."""
-
-    tau: Number
-    hard: bool
-    noise: str
-    noise_scale: Number
-    estimator: str | None
-    softcap: float | None
-    sinks: Tensor | None
-    seed: int | Tensor | None
-    q_offset: int | Tensor
-    k_offset: int | Tensor
-    h_offset: int
-    h_total: int | None
-    impl: str
+__all__ = ["AttentionInfo", "AttentionSettings", "gumbel_attention", "gumbel_attention_with_info", "gumbel_softmax"]
 
 
 def gumbel_softmax(
@@ -93,15 +75,15 @@ def gumbel_softmax(
     rows = moved[None] if moved.ndim == 1 else moved
     flat = rows.reshape(1, -1, *rows.shape[-2:])
     batch, heads, q_len, k_len = flat.shape
-    scores, keep = logits.to(compute_dtype(logits.dtype)), _takes_part(logits)
+    scores, keep = logits.to(compute_dtype(logits.dtype)), takes_part(logits)
     if mask is not None:
-        keep = keep & _takes_part(mask)
+        keep = keep & takes_part(mask)
         scores = scores if mask.dtype == torch.bool else scores + mask
     drawn = None
-    if _draws(noise, noise_scale):
+    if draws(noise, noise_scale):
         key = draw_seed(device=logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
         drawn = Coordinates(key, batch, heads, q_len, k_len)
-    choice = _choice(tau, hard, noise, noise_scale, drawn)
+    choice = make_choice(tau, hard, noise, noise_scale, drawn)
 
     def rows_of(x: Tensor) -> Tensor:
         return x.movedim(dim, -1).reshape(flat.shape)
@@ -127,14 +109,20 @@ def gumbel_attention(
     """Attention whose softmax is a Gumbel-softmax, or a hard choice with a straight-through gradient.
 
     :func:`torch.nn.functional.scaled_dot_product_attention` with the same arguments in the same order and with the
-    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is.
+    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. Here ``impl`` may also
+    be ``"blockwise"``: it holds no weights, and its memory grows linearly with the lengths.
 
     Returns:
         (..., q_len, v_dim), the dtype of the query.
     """
-    return gumbel_attention_with_info(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings
-    ).output
+    if settings.get("impl", "auto") != "blockwise":
+        return gumbel_attention_with_info(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings
+        ).output
+    problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
+    with torch.autocast(query.device.type, enabled=False):
+        output = blockwise.attention(problem)
+    return output.reshape(*query.shape[:-1], output.shape[-1])
 
 
 def gumbel_attention_with_info(
@@ -146,20 +134,7 @@ def gumbel_attention_with_info(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    *,
-    tau: Number = 1.0,
-    hard: bool = False,
-    noise: str = "gumbel",
-    noise_scale: Number = 1.0,
-    estimator: str | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    seed: int | Tensor | None = None,
-    q_offset: int | Tensor = 0,
-    k_offset: int | Tensor = 0,
-    h_offset: int = 0,
-    h_total: int | None = None,
-    impl: str = "auto",
+    **settings: Unpack[AttentionSettings],
 ) -> AttentionInfo:
     r"""Gumbel attention together with the weights used, the keys chosen and their log-probability.
 
@@ -195,7 +170,7 @@ def gumbel_attention_with_info(
         k_offset: position of the first key, likewise.
         h_offset: the first head, where these heads are a shard of a layer's.
         h_total: the number of heads of that layer; needed for a shard.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"`` or ``"reference"``; others hold no weights and give an output only.
 
     Returns:
         :class:`AttentionInfo`.
@@ -203,52 +178,15 @@ def gumbel_attention_with_info(
     Raises:
         TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
     """
-    check_choice(hard, noise, estimator)
-    choose("impl", impl, IMPLS)
-    checks.check_dropout(dropout_p)
-    query, key, value = _autocast(query, key, value)
-    checks.check_qkv(query, key, value, enable_gqa)
-    lead = query.shape[:-2]
-    q, k, v = _as_4d(query), _as_4d(key), _as_4d(value)
-    batch, heads, q_len, _ = q.shape
-    k_len = k.shape[-2]
-
-    checks.check_scalar_or_per_head("tau", tau, heads)
-    checks.check_scalar_or_per_head("noise_scale", noise_scale, heads, zero_allowed=True)
-    checks.check_offset("q_offset", q_offset, batch)
-    checks.check_offset("k_offset", k_offset, batch)
-    checks.check_head_shard(h_offset, h_total, heads)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    if sinks is not None and tuple(sinks.shape) != (heads,):
-        raise ValueError(f"sinks must have shape ({heads},), one for each head, got {tuple(sinks.shape)}.")
-    keep = bias = None
-    if attn_mask is not None:
-        checks.check_mask("attn_mask", attn_mask, (*lead, q_len, k_len), query.device)
-        mask = _mask_as_4d(attn_mask, lead)
-        keep, bias = _takes_part(mask), None if mask.dtype == torch.bool else mask
-
-    drawn = None
-    if _draws(noise, noise_scale) or dropout_p > 0.0:
-        key_ = draw_seed(device=query.device) if seed is None else checks.as_seed(seed, batch, query.device)
-        drawn = Coordinates(key_, batch, heads, q_len, k_len, q_offset, k_offset, h_offset, h_total)
-    problem = AttentionProblem(
-        query=q,
-        key=k,
-        value=v,
-        keep=keep,
-        bias=bias,
-        is_causal=is_causal,
-        q_offset=q_offset,
-        k_offset=k_offset,
-        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=float(dropout_p),
-        choice=_choice(tau, hard, noise, noise_scale, drawn),
-    )
+    if settings.get("impl") == "blockwise":
+        raise ValueError(
+            "impl='blockwise' never holds the weights that gumbel_attention_with_info returns: call gumbel_attention "
+            "or use impl='reference'."
+        )
+    problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
     with torch.autocast(query.device.type, enabled=False):
         info = reference.attention(problem)
+    lead = query.shape[:-2]
 
     def as_given(x: Tensor) -> Tensor:
         return x.reshape(*lead, *x.shape[2:])
@@ -261,43 +199,8 @@ def gumbel_attention_with_info(
     )
 
 
-def _draws(noise: str, noise_scale: Number) -> bool:
-    """Whether there is noise to add; a tensor's value is not read."""
-    return noise != "none" and (isinstance(noise_scale, Tensor) or noise_scale > 0)
-
-
-def _choice(tau: Number, hard: bool, noise: str, noise_scale: Number, where: Coordinates | None) -> Choice:
-    def per_head(x: Number) -> Number:
-        return x.reshape(1, -1, 1, 1) if isinstance(x, Tensor) else x
-
-    return Choice(per_head(tau), hard, noise if _draws(noise, noise_scale) else "none", per_head(noise_scale), where)
-
-
-def _takes_part(mask: Tensor) -> Tensor:
-    """Which entries of a bool or additive mask take part."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _as_4d(x: Tensor) -> Tensor:
-    """(..., H, L, D) as (B, H, L, D): one head and one example where there are none."""
-    x = x.reshape(*(1,) * (4 - x.ndim), *x.shape)
-    return x.reshape(-1, *x.shape[-3:])
-
-
-def _mask_as_4d(mask: Tensor, lead: torch.Size) -> Tensor:
-    """A mask that broadcasts to (*lead, Lq, Lk) as one that broadcasts to (B, H, Lq, Lk)."""
-    mask = mask.reshape(*(1,) * (len(lead) + 2 - mask.ndim), *mask.shape)
-    if len(lead) > 2:
-        mask = mask.expand(*lead[:-1], *mask.shape[-3:])
-    return _as_4d(mask)
-
-
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as scaled_dot_product_attention takes them."""
-    named = {"query": query, "key": key, "value": value}
-    for name, x in named.items():
-        checks.check_tensor(name, x)
-    device = query.device.type
-    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in named.values()):
-        return query, key, value
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in named.values())
+_SIGNATURE = inspect.signature(attention_problem)
+gumbel_attention.__signature__ = _SIGNATURE.replace(return_annotation="Tensor")  # type: ignore[attr-defined]
+gumbel_attention_with_info.__signature__ = _SIGNATURE.replace(  # type: ignore[attr-defined]
+    return_annotation="AttentionInfo"
+)

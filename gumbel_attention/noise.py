@@ -140,6 +140,10 @@ class Coordinates:
     h_offset: int = 0
     h_total: int | None = None
 
+    def rows(self, rows: slice) -> Coordinates:
+        """The coordinates of the queries in ``rows``, a slice with both ends given."""
+        return dataclasses.replace(self, q_len=rows.stop - rows.start, q_offset=self.q_offset + rows.start)
+
     def words(self, stream: int) -> Tensor:
         """The words of the block in ``stream``, (batch, heads, q_len, k_len)."""
         if isinstance(self.q_offset, int) and isinstance(self.k_offset, int):
@@ -181,6 +185,7 @@ def sample(family: str, where: Coordinates, *, sink: bool = False) -> Tensor:
     raise ValueError(f"no noise family {family!r}; there are 'gumbel' and 'normal'.")
 
 
-def dropout_keep(p: float, where: Coordinates) -> Tensor:
-    """Which weights survive dropout of rate ``p``: bool (batch, heads, q_len, k_len)."""
-    return where.words(STREAM_DROPOUT) >= round(p * 2**32)
+def dropout_factor(p: float, where: Coordinates) -> Tensor:
+    """What dropout of rate ``p`` multiplies the weights by: 0 or 1 / (1 - p), (batch, heads, q_len, k_len)."""
+    keep = where.words(STREAM_DROPOUT) >= round(p * 2**32)
+    return keep / (1.0 - p) if p < 1.0 else torch.zeros_like(keep, dtype=torch.float32)

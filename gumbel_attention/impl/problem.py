@@ -67,15 +67,34 @@ class AttentionProblem:
     dropout_p: float
     choice: Choice
 
-    def visible(self) -> Tensor | None:
-        """Which keys take part: bool, broadcasts against (B, H, Lq, Lk); ``None`` where all do."""
+    def visible(self, rows: slice = slice(None)) -> Tensor | None:
+        """Which keys the queries in ``rows`` see: bool, broadcasts against (B, H, rows, Lk); ``None`` for all."""
+        keep = self.keep
+        if keep is not None and keep.shape[-2] > 1:
+            keep = keep[..., rows, :]
         if not self.is_causal:
-            return self.keep
+            return keep
+        q, k = self._positions()
+        causal = (q[:, rows, None] >= k[:, None, :])[:, None]
+        return causal if keep is None else keep & causal
+
+    def seen_keys(self) -> Tensor | None:
+        """Which keys any query sees: bool, broadcasts against (B, H, Lk); ``None`` for all."""
+        keep = self.keep
+        if not self.is_causal:
+            return None if keep is None else keep.any(dim=-2)
+        q, k = self._positions()
+        if keep is None or keep.shape[-2] == 1:
+            reached = (k <= q[:, -1:])[:, None]
+            return reached if keep is None else reached & keep[..., 0, :]
+        return (keep & (q[:, :, None] >= k[:, None, :])[:, None]).any(dim=-2)
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
         device = self.query.device
-        q = positions(self.q_offset, self.query.shape[-2], device)
-        k = positions(self.k_offset, self.key.shape[-2], device)
-        causal = (q[:, :, None] >= k[:, None, :])[:, None]
-        return causal if self.keep is None else self.keep & causal
+        return (
+            positions(self.q_offset, self.query.shape[-2], device),
+            positions(self.k_offset, self.key.shape[-2], device),
+        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

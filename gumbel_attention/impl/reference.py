@@ -178,5 +178,4 @@ def _dropout(problem: AttentionProblem, dtype: torch.dtype) -> Tensor | None:
     if problem.dropout_p == 0.0:
         return None
     assert problem.choice.where is not None
-    keep = noise.dropout_keep(problem.dropout_p, problem.choice.where).to(dtype)
-    return keep / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else keep
+    return noise.dropout_factor(problem.dropout_p, problem.choice.where).to(dtype)
