@@ -5,12 +5,7 @@ import torch
 
 from gumbel_attention import GumbelAttentionConfig
 from gumbel_attention.modules import GumbelMultiheadAttention, GumbelSetAttention
-
-E, H, L, S, N = 12, 4, 5, 6, 3
-PLAIN = GumbelAttentionConfig(noise="none")
-HARD = GumbelAttentionConfig(noise="none", hard=True)
-HARD_GUMBEL = GumbelAttentionConfig(hard=True)
-nested_is_a_prototype = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+from mha import E, H, L, N, S, inputs
 
 
 class TestErrors:

@@ -7,22 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gumbel_attention import GumbelAttentionConfig
 from gumbel_attention.modules import GumbelMultiheadAttention
-
-E, H, L, S, N = 12, 4, 5, 6, 3
-PLAIN = GumbelAttentionConfig(noise="none")
-HARD = GumbelAttentionConfig(noise="none", hard=True)
-HARD_GUMBEL = GumbelAttentionConfig(hard=True)
-nested_is_a_prototype = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-
-
-def inputs(batch_first=False, kdim=E, vdim=E, batched=True, dtype=torch.float32):
-    """Query, key and value that want gradients, in either layout."""
-    shapes = [(L, E), (S, kdim), (S, vdim)]
-    if batched:
-        shapes = [(N, n, e) if batch_first else (n, N, e) for n, e in shapes]
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+from mha import HARD, PLAIN, E, H, L, N, S, nested_is_a_prototype
 
 
 def encoder_layer(config, **kw):

@@ -7,20 +7,7 @@ from gumbel_attention import GumbelAttentionConfig, gumbel_attention_with_info
 from gumbel_attention.attend import attend
 from gumbel_attention.modules import GumbelMultiheadAttention
 from gumbel_attention.state import AttentionState
-
-E, H, L, S, N = 12, 4, 5, 6, 3
-PLAIN = GumbelAttentionConfig(noise="none")
-HARD = GumbelAttentionConfig(noise="none", hard=True)
-HARD_GUMBEL = GumbelAttentionConfig(hard=True)
-nested_is_a_prototype = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-
-
-def inputs(batch_first=False, kdim=E, vdim=E, batched=True, dtype=torch.float32):
-    """Query, key and value that want gradients, in either layout."""
-    shapes = [(L, E), (S, kdim), (S, vdim)]
-    if batched:
-        shapes = [(N, n, e) if batch_first else (n, N, e) for n, e in shapes]
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+from mha import E, H, L, N, S, inputs, twins
 
 
 class TestHeads:

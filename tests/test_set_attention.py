@@ -6,12 +6,7 @@ from torch import nn
 
 from gumbel_attention import GumbelAttentionConfig
 from gumbel_attention.modules import GumbelSetAttention
-
-E, H, L, S, N = 12, 4, 5, 6, 3
-PLAIN = GumbelAttentionConfig(noise="none")
-HARD = GumbelAttentionConfig(noise="none", hard=True)
-HARD_GUMBEL = GumbelAttentionConfig(hard=True)
-nested_is_a_prototype = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+from mha import HARD, HARD_GUMBEL, PLAIN, E, H, N, S
 
 
 class TestSetAttention:
