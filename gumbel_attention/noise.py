@@ -29,18 +29,25 @@ NOISE_STD = math.pi / math.sqrt(6.0)
 
 
 @torch.library.custom_op("gumbel_attention::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_seed(*, device: torch.device) -> Tensor:
-    """One int64 seed, shape (), from the default generator of ``device``, without synchronisation.
-
-    The tag keeps a compiler from merging two draws, and from drawing anew when it recomputes a checkpointed region;
-    there the device must be a keyword argument, for that is where the compiler looks for it.
-    """
+def _draw_seed(unique: Tensor, *, device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-@draw_seed.register_fake
-def _(*, device: torch.device) -> Tensor:
+@_draw_seed.register_fake
+def _(unique: Tensor, *, device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
+
+
+def draw_seed(*, device: torch.device) -> Tensor:
+    """One int64 seed, shape (), from the default generator of ``device``, without synchronisation.
+
+    The op's tag keeps a compiler from drawing anew when it recomputes a checkpointed region; there the device must be
+    a keyword argument, for that is where the compiler looks for it. Its elimination of common subexpressions does
+    not ask for the tag and would merge the draws of all layers into one, but it takes no two ``torch.empty`` for the
+    same: an argument that nothing reads keeps the draws apart.
+    """
+    seed: Tensor = _draw_seed(torch.empty(0, device=device), device=device)
+    return seed
 
 
 def fmix(h: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
-_CROSS = re.compile(r"crossattention|cross_attn|cross_attention|encdecattention|encoder_attn", re.IGNORECASE)
+_CROSS = re.compile(r"cross_?att|encdecatt|encoder_att|encoder_decoder_att", re.IGNORECASE)
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 PARTS = ("encoder", "decoder", "cross")
 

@@ -205,6 +205,19 @@ def test_seed_under_compile_and_checkpoint(backend: str, loss: object) -> None:
     assert compiled(x, weight).item() != got.item()  # the next call draws anew
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiler_does_not_merge_draws(training: bool) -> None:
+    """Two layers of one graph draw two seeds, also where the partitioner eliminates common subexpressions."""
+    torch._dynamo.reset()
+    x = torch.ones(1, requires_grad=training)
+
+    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * noise.draw_seed(device=x.device), x.exp().log() * noise.draw_seed(device=x.device)
+
+    first, second = torch.compile(two, backend="aot_eager", fullgraph=True)(x)
+    assert first.item() != second.item()
+
+
 def test_a_generator_of_ones_own_breaks_recomputation() -> None:
     """The control for the test above: noise that the checkpoint cannot replay gives another gradient."""
     own = torch.Generator().manual_seed(0)
@@ -223,4 +236,6 @@ def test_a_generator_of_ones_own_breaks_recomputation() -> None:
 def test_the_draw_is_tagged() -> None:
     op = torch.ops.gumbel_attention.draw_seed.default
     assert torch.Tag.nondeterministic_seeded in op.tags
-    torch.library.opcheck(noise.draw_seed, (), {"device": torch.device("cpu")}, test_utils="test_schema")
+    torch.library.opcheck(
+        noise._draw_seed, (torch.empty(0),), {"device": torch.device("cpu")}, test_utils="test_schema"
+    )

@@ -10,11 +10,8 @@ original config back is an exact undo.
 from __future__ import annotations
 
 import copy
-import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,15 +22,13 @@ from ..attend import attend
 from ..config import GumbelAttentionConfig
 from ..selection import PatchedLayer, select
 from ..state import AttentionState
+from .inspection import computes_own_softmax, dispatches
 
 NAME = "gumbel_attention"
 CHILD = "gumbel"
 MASK_CONVENTIONS = ("eager", "sdpa")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 REFUSED = ("cache", "indices", "block_indices", "head_mask")
-_DISPATCH = re.compile(r"ALL_ATTENTION_FUNCTIONS\s*(\.\s*get_interface\b|\[)")
-_SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
-_SOFTMAX = re.compile(r"\bsoftmax\(|\bSoftmax\(")
 
 
 class PatchedState(AttentionState):
@@ -104,9 +99,10 @@ def gumbel_attention_forward(
             f"Gumbel attention cannot honour {refused} (continuous batching, sparse key indices or head masks) in "
             f"{type(module).__name__}; ignoring them would change the result. Remove the patch for this use."
         )
+    convention = _mask_convention(state)
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]
-    causal = attention_mask is None and query.shape[2] > 1 and _none_means_causal(module, state, is_causal)
+    causal = attention_mask is None and query.shape[2] > 1 and _none_means_causal(module, convention, is_causal)
     info = attend(
         state,
         module.training,
@@ -123,16 +119,21 @@ def gumbel_attention_forward(
     return info.output.transpose(1, 2).contiguous(), info.weights
 
 
-def _none_means_causal(module: nn.Module, state: PatchedState, is_causal: bool | None) -> bool:
+def _none_means_causal(module: nn.Module, convention: str, is_causal: bool | None) -> bool:
     """Whether a missing mask stands for a causal one: so with the model's sdpa masks, never with its eager ones."""
+    flag = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return convention == "sdpa" and bool(flag)
+
+
+def _mask_convention(state: PatchedState) -> str:
+    """The implementation the model builds its masks for. Others' are refused: flash's has the shape (B, Lk)."""
     convention = state.source_config._attn_implementation or "eager"
     if convention not in MASK_CONVENTIONS:
         raise RuntimeError(
             f"a patched model builds its masks for {convention!r}, expected one of {MASK_CONVENTIONS}: call "
             "model.set_attn_implementation('sdpa')."
         )
-    flag = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return convention == "sdpa" and bool(flag)
+    return convention
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, k_len: int) -> Tensor | None:
@@ -167,7 +168,9 @@ def patch_model(model: PreTrainedModel, config: GumbelAttentionConfig | Iterable
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
-    configs = [config] if isinstance(config, GumbelAttentionConfig) else list(config)
+    configs = list(config) if isinstance(config, Iterable) else [config]
+    if not configs:
+        raise ValueError("config must be a GumbelAttentionConfig or several, got none.")
     for entry in configs:
         if not isinstance(entry, GumbelAttentionConfig):
             raise TypeError(f"config must be a GumbelAttentionConfig or several, got {entry!r}.")
@@ -201,24 +204,25 @@ class ModelPatch:
     @property
     def tau(self) -> list[Tensor]:
         """The current temperature of each patched layer."""
-        return [state.tau.detach() for state in self._states]
+        return [state.tau.detach().clone() for state in self._states]
 
     def set_tau(self, tau: float) -> _Restore:
-        """Sets the temperature of all patched layers; as a context manager, until its end.
+        """Sets the temperature of the patched layers that do not learn theirs; as a context manager, until its end.
 
         Raises:
             TypeError, ValueError: ``tau`` is not a finite number > 0.
-            RuntimeError: a layer learns its temperature.
+            RuntimeError: all layers learn their temperature.
         """
         self._check_in_force()
-        for state in self._states:
+        scheduled = [state for state in self._states if state.log_tau is None] or self._states
+        for state in scheduled:
             state.check_tau(tau)
-        before = [state.tau.clone() for state in self._states]
-        for state in self._states:
+        before = [state.tau.clone() for state in scheduled]
+        for state in scheduled:
             state.set_tau(tau)
 
         def restore() -> None:
-            for state, value in zip(self._states, before, strict=True):
+            for state, value in zip(scheduled, before, strict=True):
                 state.set_tau(value.item())
 
         return _Restore(restore)
@@ -292,7 +296,11 @@ class _Restore:
 
 def _attention_layers(model: PreTrainedModel) -> list[PatchedLayer]:
     """The modules of the model that dispatch, in its own order; raises where there are none or one cannot be taken."""
-    names = [name for name, module in model.named_modules() if _dispatches(type(module))]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, PreTrainedModel) and dispatches(type(module))
+    ]
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no attention that dispatches through transformers' AttentionInterface; "
@@ -313,7 +321,7 @@ def _attention_layers(model: PreTrainedModel) -> list[PatchedLayer]:
 
 def _refuse_handwritten(model: PreTrainedModel, everything: bool) -> None:
     """Raises where all layers are asked for but some compute their own softmax."""
-    hidden = list(_handwritten(model))
+    hidden = _handwritten(model)
     if everything and hidden:
         raise ValueError(
             f"these attention modules of {type(model).__name__} compute their own softmax and cannot be reached: "
@@ -321,35 +329,13 @@ def _refuse_handwritten(model: PreTrainedModel, everything: bool) -> None:
         )
 
 
-def _handwritten(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        cls = type(module)
-        if "attention" in cls.__name__.lower() and not _dispatches(cls) and _source_matches(cls, _SOFTMAX):
-            yield name
+def _handwritten(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if computes_own_softmax(type(module))]
 
 
 def _handwritten_hint(model: nn.Module) -> str:
-    hidden = list(_handwritten(model))
+    hidden = _handwritten(model)
     return f"These modules compute their own softmax: {hidden}." if hidden else "It has no softmax attention at all."
-
-
-def _dispatches(cls: type[nn.Module]) -> bool:
-    """Whether modules of this class look their attention function up in the registry."""
-    return not issubclass(cls, PreTrainedModel) and _source_matches(cls, _DISPATCH)
-
-
-def _source_matches(cls: type, pattern: re.Pattern[str]) -> bool:
-    """Whether the source of a class, or of one it inherits from, matches."""
-    return any(pattern.search(_source(base)) for base in cls.__mro__ if base not in (nn.Module, object))
-
-
-def _source(cls: type) -> str:
-    if cls not in _SOURCES:
-        try:
-            _SOURCES[cls] = inspect.getsource(cls)
-        except (OSError, TypeError):  # defined where no file can be read, such as a notebook or a C extension
-            _SOURCES[cls] = ""
-    return _SOURCES[cls]
 
 
 def _state(module: nn.Module, config: GumbelAttentionConfig, name: str) -> PatchedState:
