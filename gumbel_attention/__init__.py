@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import GumbelAttentionConfig
-from .functional import AttentionInfo, gumbel_attention, gumbel_attention_with_info, gumbel_softmax
+from .functional import (
+    AttentionInfo,
+    Explanation,
+    explain,
+    gumbel_attention,
+    gumbel_attention_with_info,
+    gumbel_softmax,
+)
 from .modules import GumbelMultiheadAttention, GumbelSetAttention, SetAttentionOutput
 from .schedules import temperature_schedule
 from .version import __version__
@@ -13,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionInfo",
+    "Explanation",
     "GumbelAttentionConfig",
     "GumbelMultiheadAttention",
     "GumbelSetAttention",
     "ModelPatch",
     "SetAttentionOutput",
     "__version__",
+    "explain",
     "gumbel_attention",
     "gumbel_attention_with_info",
     "gumbel_softmax",

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from . import checks
 from .checks import Number
-from .config import check_choice, check_positive, choose
+from .config import IMPLS, check_choice, check_positive, choose
 from .impl.problem import AttentionProblem, Choice
 from .noise import Coordinates, draw_seed
-
-IMPLS = ("auto", "reference", "blockwise")
 
 
 class AttentionSettings(TypedDict, total=False):
@@ -104,6 +102,7 @@ def attention_problem(
         softcap=softcap,
         sinks=sinks,
         dropout_p=float(dropout_p),
+        seed_given=seed is not None,
         choice=make_choice(tau, hard, noise, noise_scale, where),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import AttentionInfo, gumbel_attention_with_info
+from .functional import AttentionInfo, gumbel_attention, gumbel_attention_with_info
 from .state import AttentionState
 
 
@@ -23,6 +23,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    need_weights: bool = True,
 ) -> AttentionInfo:
     """:func:`gumbel_attention_with_info` with the settings, temperature and noise switch of ``state``.
 
@@ -41,9 +42,10 @@ def attend(
         scale: multiplies the scores; ``None`` is 1 / sqrt(D).
         softcap: bounds the scores.
         sinks: (H,) scores of a column without value.
+        need_weights: give weights, indices and log-probabilities too, which only the reference holds.
 
     Returns:
-        :class:`AttentionInfo`.
+        :class:`AttentionInfo`; without ``need_weights`` nothing but the output in it.
 
     Raises:
         ValueError: some heads are left out, and the query has not as many heads as ``state``.
@@ -52,19 +54,10 @@ def attend(
 
     def with_settings(**settings: Any) -> AttentionInfo:
         enable_gqa = query.shape[-3] != key.shape[-3]
-        return gumbel_attention_with_info(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            softcap=softcap,
-            sinks=sinks,
-            **settings,
-        )
+        inputs = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if need_weights:
+            return gumbel_attention_with_info(*inputs, softcap=softcap, sinks=sinks, **settings)
+        return AttentionInfo(gumbel_attention(*inputs, softcap=softcap, sinks=sinks, **settings), None, None, None)
 
     chosen = with_settings(**state.arguments(training))
     if state.config.heads is None:
@@ -86,9 +79,12 @@ def _selected(state: AttentionState, device: torch.device) -> Tensor:
 
 def _per_head(selected: Tensor, chosen: AttentionInfo, plain: AttentionInfo) -> AttentionInfo:
     """``chosen`` for the selected heads, ``plain`` for the others, which choose nothing."""
+    weights = None
+    if chosen.weights is not None and plain.weights is not None:
+        weights = torch.where(selected[..., None], chosen.weights, plain.weights)
     return AttentionInfo(
         torch.where(selected[..., None], chosen.output, plain.output),
-        torch.where(selected[..., None], chosen.weights, plain.weights),
+        weights,
         None if chosen.indices is None else chosen.indices.where(selected, -1),
         None if chosen.log_prob is None else chosen.log_prob.where(selected, 0.0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import torch
@@ -12,11 +13,20 @@ from . import checks
 from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part
 from .checks import Number
 from .config import check_choice
-from .impl import blockwise, reference
+from .dispatch import IMPLEMENTATIONS, Explanation, choose_implementation
+from .impl import reference
 from .impl.problem import AttentionInfo, compute_dtype
 from .noise import Coordinates, draw_seed
 
-__all__ = ["AttentionInfo", "AttentionSettings", "gumbel_attention", "gumbel_attention_with_info", "gumbel_softmax"]
+__all__ = [
+    "AttentionInfo",
+    "AttentionSettings",
+    "Explanation",
+    "explain",
+    "gumbel_attention",
+    "gumbel_attention_with_info",
+    "gumbel_softmax",
+]
 
 
 def gumbel_softmax(
@@ -109,20 +119,42 @@ def gumbel_attention(
     """Attention whose softmax is a Gumbel-softmax, or a hard choice with a straight-through gradient.
 
     :func:`torch.nn.functional.scaled_dot_product_attention` with the same arguments in the same order and with the
-    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. Here ``impl`` may also
-    be ``"blockwise"``: it holds no weights, and its memory grows linearly with the lengths.
+    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. ``impl`` may name any
+    implementation; all but ``"reference"`` have memory that grows linearly with the lengths. :func:`explain` tells
+    what ``"auto"`` takes.
 
     Returns:
         (..., q_len, v_dim), the dtype of the query.
     """
-    if settings.get("impl", "auto") != "blockwise":
-        return gumbel_attention_with_info(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings
-        ).output
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
+    name = choose_implementation(problem, settings.get("impl", "auto")).impl
     with torch.autocast(query.device.type, enabled=False):
-        output = blockwise.attention(problem)
+        output = IMPLEMENTATIONS[name].attention(problem)
     return output.reshape(*query.shape[:-1], output.shape[-1])
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **settings: Unpack[AttentionSettings],
+) -> Explanation:
+    """Which implementation :func:`gumbel_attention` would run with these arguments, and why not the others.
+
+    Raises:
+        TypeError, ValueError: as that call would.
+    """
+    seed_given = settings.get("seed") is not None
+    if not seed_given:
+        settings["seed"] = 0  # so that nothing is drawn
+    problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
+    problem = dataclasses.replace(problem, seed_given=seed_given)
+    return choose_implementation(problem, settings.get("impl", "auto"))
 
 
 def gumbel_attention_with_info(
@@ -178,12 +210,8 @@ def gumbel_attention_with_info(
     Raises:
         TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
     """
-    if settings.get("impl") == "blockwise":
-        raise ValueError(
-            "impl='blockwise' never holds the weights that gumbel_attention_with_info returns: call gumbel_attention "
-            "or use impl='reference'."
-        )
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
+    choose_implementation(problem, settings.get("impl", "auto"), need_weights=True)
     with torch.autocast(query.device.type, enabled=False):
         info = reference.attention(problem)
     lead = query.shape[:-2]
@@ -191,16 +219,13 @@ def gumbel_attention_with_info(
     def as_given(x: Tensor) -> Tensor:
         return x.reshape(*lead, *x.shape[2:])
 
-    return AttentionInfo(
-        as_given(info.output),
-        as_given(info.weights),
-        None if info.indices is None else as_given(info.indices),
-        None if info.log_prob is None else as_given(info.log_prob),
-    )
+    rest = (None if x is None else as_given(x) for x in info[1:])
+    return AttentionInfo(as_given(info.output), *rest)
 
 
 _SIGNATURE = inspect.signature(attention_problem)
 gumbel_attention.__signature__ = _SIGNATURE.replace(return_annotation="Tensor")  # type: ignore[attr-defined]
+explain.__signature__ = _SIGNATURE.replace(return_annotation="Explanation")  # type: ignore[attr-defined]
 gumbel_attention_with_info.__signature__ = _SIGNATURE.replace(  # type: ignore[attr-defined]
     return_annotation="AttentionInfo"
 )

@@ -143,11 +143,10 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         checks.check_shape("key", key, (n, None, self.kdim), "(batch, length, kdim)")
         checks.check_shape("value", value, (n, s, self.vdim), "(batch, length of key, vdim)")
 
-        info = self._attend_batch(query, key, value, key_padding_mask, attn_mask)
-        output = self.out_proj(_merge_heads(info.output))
-        weights = None
-        if need_weights:
-            weights = info.weights.mean(dim=1) if average_attn_weights else info.weights
+        info = self._attend_batch(query, key, value, key_padding_mask, attn_mask, need_weights)
+        output, weights = self.out_proj(_merge_heads(info.output)), info.weights
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
         if not batched:
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
@@ -166,7 +165,13 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         )
 
     def _attend_batch(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, attn_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
     ) -> AttentionInfo:
         """Projections and attention on (N, L, E) inputs; the output is not yet merged over the heads."""
         n, q_len, k_len, heads = query.shape[0], query.shape[1], key.shape[1], self.num_heads
@@ -192,14 +197,15 @@ class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
         if mask is not None:
             mask = F.pad(mask, (0, len(extra)), value=float(mask.dtype == torch.bool))
         q, k, v = (_split_heads(x, heads) for x in (q, k, v))
-        return attend(self.gumbel, self.training, q, k, v, mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return attend(self.gumbel, self.training, q, k, v, mask, dropout, need_weights=need_weights)
 
     def _attend_nested(self, x: Tensor) -> Tensor:
         lengths = [len(example) for example in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         positions = torch.arange(padded.shape[1], device=padded.device)
         padding = positions >= torch.tensor(lengths, device=padded.device)[:, None]
-        output = self.out_proj(_merge_heads(self._attend_batch(padded, padded, padded, padding, None).output))
+        output = self.out_proj(_merge_heads(self._attend_batch(padded, padded, padded, padding, None, False).output))
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(output, lengths, strict=True)])
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
@@ -336,6 +342,7 @@ class GumbelSetAttention(_Adjustable, nn.Module):
         q, k, v = (_split_heads(x, self.num_heads) for x in projected)
         info = attend(self.gumbel, self.training, q, k, v, mask, self.dropout if self.training else 0.0)
         output = self.out_proj(_merge_heads(info.output))
+        assert info.weights is not None
         return SetAttentionOutput(output, info.weights, info.indices, info.log_prob)
 
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 """Every implementation against the reference, on the same noise, in float64: outputs and all gradients."""
 
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 import gumbel_attention as ga
 from gumbel_attention.arguments import attention_problem
-from gumbel_attention.impl import blockwise, reference
+from gumbel_attention.impl import blockwise, reference, sdpa
 
 ARMS = {
     "soft": {"noise": "gumbel"},
@@ -45,14 +46,14 @@ def run(implementation: object, arguments: dict[str, object], grads: list[Tensor
     return [output, *torch.autograd.grad(output, grads, d_out, allow_unused=True)]
 
 
-def compare(arguments: dict[str, object], block_scores: int, tolerance: float = 1e-10) -> None:
+def compare(arguments: dict[str, object], implementation: object, tolerance: float = 1e-10) -> None:
     tensors = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
     q, v = arguments["query"], arguments["value"]
     assert isinstance(q, Tensor)
     assert isinstance(v, Tensor)
     d_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
     want = run(lambda problem: reference.attention(problem).output, arguments, tensors, d_out)
-    got = run(lambda problem: blockwise.attention(problem, block_scores), arguments, tensors, d_out)
+    got = run(implementation, arguments, tensors, d_out)
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -71,7 +72,17 @@ def test_blockwise_is_the_reference(mask: str, arm: str, tau: float) -> None:
         {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 2, LK, 8), "value": leaf(2, 2, LK, 5), "enable_gqa": True,
          "tau": torch.full((4,), tau, dtype=torch.float64, requires_grad=True), "seed": 5,
          **mask_of(mask), **ARMS[arm]},
-        block_scores=2 * 4 * LK * 8,
+        functools.partial(blockwise.attention, block_scores=2 * 4 * LK * 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "causal, offset", "padding", "bool", "float", "window"])
+@pytest.mark.parametrize("tau", [0.01, 0.7, 10.0])
+def test_sdpa_is_the_reference_without_noise(mask: str, tau: float) -> None:
+    compare(
+        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 2, LK, 8), "value": leaf(2, 2, LK, 5), "enable_gqa": True,
+         "tau": torch.full((4,), tau, dtype=torch.float64, requires_grad=True), "noise": "none", **mask_of(mask)},
+        sdpa.attention,
     )  # fmt: skip
 
 
@@ -84,7 +95,7 @@ def test_blockwise_with_everything_at_once(arm: str) -> None:
          "dropout_p": 0.3,
          "seed": torch.tensor([5, 9]), "is_causal": True, "q_offset": torch.tensor([6, 2]), **mask_of("float"),
          **ARMS[arm]},
-        block_scores=2 * 4 * LK * 5,
+        functools.partial(blockwise.attention, block_scores=2 * 4 * LK * 5),
     )  # fmt: skip
 
 
@@ -161,7 +172,7 @@ def test_no_tensor_of_all_scores_is_made() -> None:
 
 def test_weights_are_refused() -> None:
     q = torch.randn(1, 1, 3, 4)
-    with pytest.raises(ValueError, match="never holds the weights"):
+    with pytest.raises(ValueError, match=r"it holds no weights.*reference"):
         ga.gumbel_attention_with_info(q, q, q, impl="blockwise")
     x = q.clone().requires_grad_()
     total = ga.gumbel_attention(x, x, x, impl="blockwise").sum()

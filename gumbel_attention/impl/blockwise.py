@@ -224,13 +224,10 @@ def _grouped(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _keys_and_values(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """Keys and values in the dtype of the statistics, zero where no query sees them: 0 * NaN is NaN."""
-    dtype, seen = compute_dtype(problem.query.dtype), problem.seen_keys()
-    key, value = problem.key.to(dtype), problem.value.to(dtype)
-    if seen is None:
-        return key, value
-    hidden = ~seen.expand(key.shape[0], problem.query.shape[1], -1).unflatten(1, (key.shape[1], -1)).any(2)[..., None]
-    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    """Keys and values in the dtype of the statistics, zero where no query sees them."""
+    key, value = problem.hidden_keys_and_values()
+    dtype = compute_dtype(problem.query.dtype)
+    return key.to(dtype), value.to(dtype)
 
 
 def _tensors(problem: AttentionProblem) -> list[Tensor | None]:

@@ -17,6 +17,7 @@ class AttentionInfo(NamedTuple):
     Attributes:
         output: (..., q_len, v_dim), the dtype of the query.
         weights: (..., q_len, k_len), the weights actually used, after dropout; one-hot where the choice is hard.
+            ``None``, like what follows, where only the output was asked for.
         indices: (..., q_len) int64, the chosen key; -1 where no key takes part or the sink was chosen. ``None``
             for a soft choice.
         log_prob: (..., q_len), log softmax(scores / noise_scale) of the choice, 0 where no key takes part;
@@ -25,7 +26,7 @@ class AttentionInfo(NamedTuple):
     """
 
     output: Tensor
-    weights: Tensor
+    weights: Tensor | None
     indices: Tensor | None
     log_prob: Tensor | None
 
@@ -65,6 +66,7 @@ class AttentionProblem:
     softcap: float | None
     sinks: Tensor | None
     dropout_p: float
+    seed_given: bool
     choice: Choice
 
     def visible(self, rows: slice = slice(None)) -> Tensor | None:
@@ -88,6 +90,15 @@ class AttentionProblem:
             reached = (k <= q[:, -1:])[:, None]
             return reached if keep is None else reached & keep[..., 0, :]
         return (keep & (q[:, :, None] >= k[:, None, :])[:, None]).any(dim=-2)
+
+    def hidden_keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, zero where no query sees them: padding may hold NaN or inf, and 0 * NaN is NaN."""
+        seen = self.seen_keys()
+        if seen is None:
+            return self.key, self.value
+        by_query_head = seen.expand(self.key.shape[0], self.query.shape[1], -1)
+        hidden = ~by_query_head.unflatten(1, (self.key.shape[1], -1)).any(dim=2)[..., None]
+        return self.key.masked_fill(hidden, 0.0), self.value.masked_fill(hidden, 0.0)
 
     def _positions(self) -> tuple[Tensor, Tensor]:
         device = self.query.device

@@ -10,6 +10,7 @@ original config back is an exact undo.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.output_capturing import _active_collector
 
 from ..attend import attend
 from ..config import GumbelAttentionConfig
@@ -32,11 +34,15 @@ REFUSED = ("cache", "indices", "block_indices", "head_mask")
 
 
 class PatchedState(AttentionState):
-    """The state of a patched module, with the config it had: that says how the model builds its masks."""
+    """The state of a patched module, with the config it had: that says how the model builds its masks.
+
+    ``hides_request`` marks a module whose forward takes ``output_attentions`` itself and may not pass it on.
+    """
 
     def __init__(self, config: GumbelAttentionConfig, num_heads: int, module: nn.Module) -> None:
         super().__init__(config, num_heads, next((p.device for p in module.parameters()), None))
         self.source_config = cast(PretrainedConfig, module.config)
+        self.hides_request = "output_attentions" in inspect.signature(module.forward).parameters
         self.train(module.training)
 
     def enter(self, module: Any) -> None:
@@ -66,7 +72,7 @@ def gumbel_attention_forward(
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The function registered in transformers' ``AttentionInterface``.
 
     Args:
@@ -85,7 +91,7 @@ def gumbel_attention_forward(
         **kwargs: what else models pass; ignored, but for what would change the result, which is refused.
 
     Returns:
-        Output (B, Lq, H, Dv) and the weights used (B, H, Lq, Lk).
+        Output (B, Lq, H, Dv), and the weights used (B, H, Lq, Lk) where the model was asked for its attentions.
     """
     state = getattr(module, CHILD, None)
     if not isinstance(state, PatchedState):
@@ -115,8 +121,19 @@ def gumbel_attention_forward(
         scaling,
         softcap=softcap,
         sinks=sinks if s_aux is None else s_aux,
+        need_weights=_weights_wanted(state, kwargs),
     )
     return info.output.transpose(1, 2).contiguous(), info.weights
+
+
+def _weights_wanted(state: PatchedState, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody will look at the weights; a module that keeps that to itself might, so for it they are made."""
+    if kwargs.get("output_attentions") or getattr(state.source_config, "output_attentions", False):
+        return True
+    collected = _active_collector.get()
+    if collected is None:
+        return state.hides_request
+    return any("attentions" in name for name in collected)
 
 
 def _none_means_causal(module: nn.Module, convention: str, is_causal: bool | None) -> bool:

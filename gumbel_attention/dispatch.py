@@ -1,0 +1,81 @@
+"""Which implementation computes a call, and why not the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .impl import blockwise, reference, sdpa
+from .impl.problem import AttentionProblem
+
+SMALL = 2**22
+"""Scores of a call up to which the reference is faster than to compute them twice."""
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention's output."""
+
+    attention: Callable[[AttentionProblem], Tensor]
+    unsupported: Callable[[AttentionProblem], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would run, as :func:`gumbel_attention.explain` returns it; printable.
+
+    Attributes:
+        impl: the implementation.
+        rejected: the others that ``impl="auto"`` prefers to it, each with the reason it was passed over.
+    """
+
+    impl: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join([f"impl={self.impl!r} runs", *lines])
+
+
+def _large_enough(problem: AttentionProblem) -> str | None:
+    batch, heads, q_len, _ = problem.query.shape
+    scores = batch * heads * q_len * problem.key.shape[-2]
+    return None if scores > SMALL else f"{scores} scores are few enough to be kept, which is faster"
+
+
+def _nothing(problem: AttentionProblem) -> None:
+    return None
+
+
+IMPLEMENTATIONS = {
+    "sdpa": Implementation(sdpa.attention, sdpa.unsupported),
+    "blockwise": Implementation(blockwise.attention, _nothing),
+    "reference": Implementation(lambda problem: reference.attention(problem).output, _nothing),
+}
+"""By name, in the order in which ``"auto"`` prefers them."""
+
+
+def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bool = False) -> Explanation:
+    """The implementation for a problem.
+
+    Args:
+        problem: the checked arguments.
+        impl: a name, which is then the one or an error; or ``"auto"``.
+        need_weights: weights, indices or log-probabilities are wanted: only the reference holds them.
+
+    Raises:
+        ValueError: the implementation named cannot do it; the message says why and what can.
+    """
+    rejected: dict[str, str] = {}
+    for name in IMPLEMENTATIONS if impl == "auto" else [impl]:
+        reason = "it holds no weights" if need_weights and name != "reference" else None
+        reason = reason or IMPLEMENTATIONS[name].unsupported(problem)
+        if reason is None and impl == "auto" and name == "blockwise":
+            reason = _large_enough(problem)
+        if reason is None:
+            return Explanation(name, rejected)
+        rejected[name] = reason
+    alternative = "impl='reference' or gumbel_attention, which returns the output only" if need_weights else "'auto'"
+    raise ValueError(f"impl={impl!r} cannot compute this call: {rejected[impl]}. Use {alternative}.")
