@@ -1,12 +1,12 @@
 """Times attention against torch's own: one table, one plot, one JSON.
 
     python training/benchmark.py [--lengths 512 2048] [--head_dims 64 128] [--heads 16] [--rounds 9]
-        [--dtype float32] [--output_dir results/benchmark]
+        [--dtype float32] [--model minilm] [--output_dir results/benchmark]
 
 Every implementation of this library that can run here, softmax and Gumbel attention as they are usually written,
 and torch's scaled_dot_product_attention, forward and forward + backward, interleaved in one process. Figures are
 medians of ratios to scaled_dot_product_attention, with quartiles. An implementation whose results disagree with the
-reference is named and not timed.
+reference is named and not timed. With --model, a whole training step of it too, patched against unpatched.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import gumbel_attention as ga
 from harness.contenders import ARMS, BASELINE, Contender, contenders, disagreement
 from harness.results import environment, write_atomically
 from harness.timing import Timing, compare
+from harness.training_step import UNPATCHED, training_steps
 
 PASSES = ("forward", "forward+backward")
 CHECK_LENGTH = 512
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for length in options.lengths:
             rows += measure(methods, length, head_dim, options, device, dtype)
             print(f"N = {length}, d = {head_dim}: done", flush=True)
-    write(rows, wrong, options, device)
+    steps = {} if options.model is None else measure_steps(options, device)
+    write(rows, steps, wrong, options, device)
     return 1 if wrong else 0
 
 
@@ -80,6 +82,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--quadratic_up_to", type=int, default=2048, help="longest N for methods that keep all scores")
+    parser.add_argument("--model", help="also time a training step of this model, such as minilm")
+    parser.add_argument("--model_batch", type=int, default=8, help="examples in that step")
+    parser.add_argument("--model_length", type=int, default=128, help="tokens in each of them")
     parser.add_argument("--output_dir", type=Path, default=Path("results/benchmark"), help="where the results go")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -122,6 +127,12 @@ def measure(
     return rows
 
 
+def measure_steps(options: argparse.Namespace, device: torch.device) -> dict[str, Timing]:
+    """Times training steps of the model, each way of attention against the unpatched one."""
+    steps = training_steps(options.model, options.model_batch, options.model_length, device)
+    return compare(steps, UNPATCHED, options.rounds, device)
+
+
 def _run(method: Contender, direction: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Callable[[], object]:
     if direction == "forward":
 
@@ -134,7 +145,13 @@ def _run(method: Contender, direction: str, q: Tensor, k: Tensor, v: Tensor, gra
     return lambda: torch.autograd.grad(method.attention(*inputs), inputs, grad)
 
 
-def write(rows: Sequence[Row], wrong: dict[str, str], options: argparse.Namespace, device: torch.device) -> None:
+def write(
+    rows: Sequence[Row],
+    steps: dict[str, Timing],
+    wrong: dict[str, str],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
     """Writes benchmark.json, table.md and benchmark.png."""
     folder: Path = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +161,10 @@ def write(rows: Sequence[Row], wrong: dict[str, str], options: argparse.Namespac
         **environment(device, 1),
         "wrong": wrong,
         "rows": [dataclasses.asdict(row) for row in rows],
+        "training_step": {name: dataclasses.asdict(timing) for name, timing in steps.items()},
     }
     write_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
-    text = table(rows, content)
+    text = table(rows, content) + step_table(steps, options)
     write_atomically(folder / "table.md", text)
     plot(rows).savefig(folder / "benchmark.png", dpi=130)
     print(f"\n{text}\nin {folder}")
@@ -171,6 +189,19 @@ def table(rows: Sequence[Row], content: dict[str, Any]) -> str:
         f"{content['num_threads']} threads, torch {versions['torch']}. Smaller is faster."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def step_table(steps: dict[str, Timing], options: argparse.Namespace) -> str:
+    """The training steps as a Markdown table; nothing where there are none."""
+    if not steps:
+        return ""
+    lines = [
+        "",
+        f"| training step of {options.model}, {options.model_batch} x {options.model_length} | over {UNPATCHED} |",
+        "|---|---:|",
+        *(f"| {name} | {timing} |" for name, timing in steps.items()),
+    ]
+    return "\n".join([*lines, ""])
 
 
 def plot(rows: Sequence[Row]) -> Figure:

@@ -9,8 +9,9 @@ import torch
 import benchmark
 import gumbel_attention as ga
 from gumbel_attention.dispatch import Implementation
-from harness import timing
+from harness import timing, training_step
 from harness.contenders import ARMS, disagreement
+from harness.models import load_classifier
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,22 @@ def test_a_wrong_implementation_is_not_timed(tmp_path: Path, monkeypatch: pytest
     content = json.loads((tmp_path / "benchmark.json").read_text())
     assert set(content["wrong"]) == {f"blockwise {arm}" for arm in ARMS}
     assert not any(row["method"].startswith("blockwise") for row in content["rows"])
+
+
+def test_the_training_steps_do_what_their_names_say(bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_dropout(*args: object, **kwargs: object) -> torch.nn.Module:
+        model = load_classifier(*args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    monkeypatch.setattr(training_step, "load_classifier", without_dropout)
+    steps = training_step.training_steps(bert, batch=4, length=8, device=CPU)
+    losses = {name: step().item() for name, step in steps.items()}
+    assert losses["softmax"] == pytest.approx(losses["unpatched"], abs=1e-7)
+    assert len({losses["softmax"], losses["gumbel-soft"], losses["gumbel-st"]}) == 3
+    assert steps["unpatched"]().item() != losses["unpatched"]  # the weights moved
 
 
 @pytest.mark.parametrize("arm", ARMS)
