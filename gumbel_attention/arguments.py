@@ -129,7 +129,7 @@ def takes_part(mask: Tensor) -> Tensor:
 def _as_4d(x: Tensor) -> Tensor:
     """(..., H, L, D) as (B, H, L, D): one head and one example where there are none."""
     x = x.reshape(*(1,) * (4 - x.ndim), *x.shape)
-    return x.reshape(-1, *x.shape[-3:])
+    return x.flatten(0, -4)
 
 
 def _mask_as_4d(mask: Tensor, lead: torch.Size) -> Tensor:

@@ -34,8 +34,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> No
         raise ValueError(f"query and key must have the same last dimension, got {shapes}.")
     if key.shape[-2] != value.shape[-2] or key.shape[:-2] != value.shape[:-2]:
         raise ValueError(f"key and value must have the same length and leading dimensions, got {shapes}.")
-    if key.shape[-2] == 0:
-        raise ValueError(f"there must be at least one key, got {shapes}.")
+    if key.shape[-2] == 0 or 0 in key.shape[-3:-2]:
+        raise ValueError(f"there must be at least one key and one head, got {shapes}.")
     if enable_gqa and query.ndim >= 3:
         heads, kv_heads = query.shape[-3], key.shape[-3]
         if query.shape[:-3] != key.shape[:-3] or kv_heads == 0 or heads % kv_heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 
 import torch
 from torch import Tensor
@@ -83,8 +84,7 @@ def gumbel_softmax(
 
     moved = logits.movedim(dim, -1)
     rows = moved[None] if moved.ndim == 1 else moved
-    flat = rows.reshape(1, -1, *rows.shape[-2:])
-    batch, heads, q_len, k_len = flat.shape
+    flat_shape = (1, math.prod(rows.shape[:-2]), *rows.shape[-2:])
     scores, keep = logits.to(compute_dtype(logits.dtype)), takes_part(logits)
     if mask is not None:
         keep = keep & takes_part(mask)
@@ -92,11 +92,11 @@ def gumbel_softmax(
     drawn = None
     if draws(noise, noise_scale):
         key = draw_seed(device=logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
-        drawn = Coordinates(key, batch, heads, q_len, k_len)
+        drawn = Coordinates(key, *flat_shape)
     choice = make_choice(tau, hard, noise, noise_scale, drawn)
 
     def rows_of(x: Tensor) -> Tensor:
-        return x.movedim(dim, -1).reshape(flat.shape)
+        return x.movedim(dim, -1).reshape(flat_shape)
 
     chosen = reference.choose(rows_of(scores), rows_of(keep), choice)
     weights = chosen.relaxed

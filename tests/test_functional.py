@@ -88,6 +88,15 @@ def test_three_dimensions_are_heads() -> None:
     assert torch.equal(got, ga.gumbel_attention(q[None], k[None], v[None], enable_gqa=True, tau=tau, seed=1)[0])
 
 
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("lead", [(0, 2), (0, 3, 2)])
+def test_empty_batches_give_empty_results(lead: tuple[int, ...], impl: str) -> None:
+    q, k, v = qkv(*lead)
+    assert ga.gumbel_attention(q, k, v, hard=True, impl=impl).shape == (*lead, 6, 5)
+    assert ga.gumbel_attention(q[..., :0, :], k, v, impl=impl).shape == (*lead, 0, 5)
+    assert ga.gumbel_softmax(q).shape == q.shape
+
+
 def test_softcap_and_sinks() -> None:
     q, k, v = qkv(2, 3)
     sinks = torch.randn(3, dtype=torch.float64)
@@ -263,6 +272,7 @@ def test_gumbel_softmax_masks_exactly(kind: str, hard: bool) -> None:
         ({"query": torch.randn(2, 6, 6, 4)}, ValueError, "needs enable_gqa=True"),
         ({"query": torch.randn(2, 4, 6, 4), "enable_gqa": True}, ValueError, "a multiple of key heads"),
         ({"query": torch.randn(6, 4)}, ValueError, "number .* of dimensions"),
+        ({"key": torch.randn(2, 3, 0, 4), "value": torch.randn(2, 3, 0, 4)}, ValueError, "at least one key"),
         ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
         ({"query": torch.zeros(2, 3, 6, 4, dtype=torch.int64)}, TypeError, "floating point dtype"),
     ],

@@ -137,7 +137,7 @@ class _Gradients:
 def _blocks(problem: AttentionProblem, key: Tensor, block_scores: int) -> Iterator[Block]:
     """The blocks of queries one after the other; nothing of a block is kept."""
     batch, heads, q_len, _ = problem.query.shape
-    size = max(1, block_scores // (batch * heads * key.shape[-2]))
+    size = max(1, block_scores // max(1, batch * heads * key.shape[-2]))
     for start in range(0, q_len, size):
         yield _block(problem, key, slice(start, min(start + size, q_len)))
 
@@ -186,7 +186,7 @@ def _output(block: Block, value: Tensor, hard: bool) -> Tensor:
     if not hard:
         weights = _relaxed(block)[..., : value.shape[-2]]
         weights = weights if block.factor is None else weights * block.factor
-        return (_grouped(weights, value) @ value).reshape(*weights.shape[:-1], -1)
+        return (_grouped(weights, value) @ value).reshape(*weights.shape[:-1], value.shape[-1])
     row, weight = _picks(block, value)
     picked = value.flatten(0, 2)[row] * weight[..., None]
     return torch.where(weight[..., None] > 0, picked, 0.0)
@@ -220,7 +220,8 @@ def _per_key(x: Tensor, y: Tensor) -> Tensor:
 
 def _grouped(x: Tensor, y: Tensor) -> Tensor:
     """(B, H, rows, D) as (B, Hk, H / Hk * rows, D), to be multiplied with a tensor of Hk heads."""
-    return x.reshape(x.shape[0], y.shape[1], -1, x.shape[-1])
+    group = x.shape[1] // y.shape[1]
+    return x.reshape(x.shape[0], y.shape[1], group * x.shape[2], x.shape[3])
 
 
 def _keys_and_values(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
