@@ -11,8 +11,10 @@ from torch import Tensor
 from .impl import blockwise, reference, sdpa
 from .impl.problem import AttentionProblem
 
-SMALL = 2**22
-"""Scores of a call up to which the reference is faster than to compute them twice."""
+KERNEL_SCORES = 2**14
+"""Scores of a call up to which ``"auto"`` does not look for compiled kernels: they would gain nothing."""
+BLOCK_SCORES = 2**22
+"""Scores of a call up to which the reference is faster than blocks, which compute them twice."""
 
 
 class Implementation(NamedTuple):
@@ -39,22 +41,32 @@ class Explanation:
         return "\n".join([f"impl={self.impl!r} runs", *lines])
 
 
-def _large_enough(problem: AttentionProblem) -> str | None:
-    batch, heads, q_len, _ = problem.query.shape
-    scores = batch * heads * q_len * problem.key.shape[-2]
-    return None if scores > SMALL else f"{scores} scores are few enough to be kept, which is faster"
-
-
 def _nothing(problem: AttentionProblem) -> None:
     return None
 
 
+def _cpu_unsupported(problem: AttentionProblem) -> str | None:
+    from .impl import cpu
+
+    return cpu.unsupported(problem) or cpu.available()
+
+
+def _cpu_attention(problem: AttentionProblem) -> Tensor:
+    from .impl import cpu
+
+    return cpu.attention(problem)
+
+
 IMPLEMENTATIONS = {
     "sdpa": Implementation(sdpa.attention, sdpa.unsupported),
+    "cpu": Implementation(_cpu_attention, _cpu_unsupported),
     "blockwise": Implementation(blockwise.attention, _nothing),
     "reference": Implementation(lambda problem: reference.attention(problem).output, _nothing),
 }
-"""By name, in the order in which ``"auto"`` prefers them."""
+"""By name, in the order in which ``"auto"`` prefers them. Kernels are imported and compiled when first asked about."""
+
+WORTH_IT = {"cpu": KERNEL_SCORES, "blockwise": BLOCK_SCORES}
+"""More scores than this make an implementation worth it to ``"auto"``."""
 
 
 def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bool = False) -> Explanation:
@@ -71,11 +83,16 @@ def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bo
     rejected: dict[str, str] = {}
     for name in IMPLEMENTATIONS if impl == "auto" else [impl]:
         reason = "it holds no weights" if need_weights and name != "reference" else None
+        if reason is None and impl == "auto" and _scores(problem) <= WORTH_IT.get(name, -1):
+            reason = f"it is not worth it for {_scores(problem)} scores"
         reason = reason or IMPLEMENTATIONS[name].unsupported(problem)
-        if reason is None and impl == "auto" and name == "blockwise":
-            reason = _large_enough(problem)
         if reason is None:
             return Explanation(name, rejected)
         rejected[name] = reason
     alternative = "impl='reference' or gumbel_attention, which returns the output only" if need_weights else "'auto'"
     raise ValueError(f"impl={impl!r} cannot compute this call: {rejected[impl]}. Use {alternative}.")
+
+
+def _scores(problem: AttentionProblem) -> int:
+    batch, heads, q_len, _ = problem.query.shape
+    return batch * heads * q_len * problem.key.shape[-2]

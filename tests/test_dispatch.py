@@ -5,6 +5,7 @@ import torch
 
 import gumbel_attention as ga
 from gumbel_attention import dispatch
+from gumbel_attention.impl import cpu
 
 
 def qkv(length: int) -> list[torch.Tensor]:
@@ -15,12 +16,40 @@ def test_no_noise_goes_to_torchs_own() -> None:
     assert ga.explain(*qkv(8), noise="none").impl == "sdpa"
 
 
-def test_size_decides_between_keeping_and_computing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "SMALL", 2 * 8 * 8)
-    assert "few enough" in ga.explain(*qkv(8)).rejected["blockwise"]
+def test_size_decides_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "WORTH_IT", {"cpu": 0, "blockwise": 2 * 8 * 8})
+    monkeypatch.setattr(cpu, "available", lambda: "no compiler")
+    small = ga.explain(*qkv(8))
+    assert small.impl == "reference"
+    assert small.rejected["blockwise"] == "it is not worth it for 128 scores"
     larger = ga.explain(*qkv(9))
     assert larger.impl == "blockwise"
-    assert str(larger) == "impl='blockwise' runs\n  not sdpa: it has neither noise nor a hard choice"
+    assert str(larger).splitlines() == [
+        "impl='blockwise' runs",
+        "  not sdpa: it has neither noise nor a hard choice",
+        "  not cpu: no compiler",
+    ]
+
+
+def test_few_scores_do_not_make_it_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_kernels() -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(cpu, "available", compile_kernels)
+    assert ga.explain(*qkv(64)).impl == "reference"
+    with pytest.raises(AssertionError, match="compiled"):
+        ga.explain(*qkv(128))
+
+
+def test_kernels_run_where_they_can() -> None:
+    inputs = qkv(128)
+    reason = cpu.available()
+    if reason is not None:
+        pytest.skip(f"no CPU kernels: {reason}")
+    assert ga.explain(*inputs).impl == "cpu"
+    assert ga.explain(*(x.double() for x in inputs)).rejected["cpu"].startswith("it computes in float32")
+    same = [ga.gumbel_attention(*inputs, hard=True, seed=1, impl=impl) for impl in ("auto", "reference")]
+    torch.testing.assert_close(*same)
 
 
 def test_explaining_draws_nothing() -> None:
@@ -45,8 +74,10 @@ def test_an_explicit_choice_never_falls_back(settings: dict[str, object], reason
         ga.gumbel_attention(*qkv(8), impl="sdpa", **settings)
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa", "blockwise", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "cpu", "blockwise", "reference"])
 def test_every_choice_gives_the_same_softmax(impl: str) -> None:
     q, k, v = qkv(8)
+    if impl == "cpu" and cpu.available() is not None:
+        pytest.skip(f"no CPU kernels: {cpu.available()}")
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(ga.gumbel_attention(q, k, v, noise="none", impl=impl), want)
