@@ -4,12 +4,13 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast check format clean
+.PHONY: help install quickstart test test-fast test-triton check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
 	@echo "make test        the whole test suite"
 	@echo "make test-fast   without the tests that take more than ten seconds"
+	@echo "make test-triton the GPU kernels by Triton's interpreter, and compiled for sm_80 and sm_90; needs no GPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
 
@@ -29,6 +30,12 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(RUN) -m pytest -m "not slow"
+
+# Triton 3.6's interpreter needs numpy < 2.4; both go into a folder of their own.
+test-triton: $(STAMP)
+	test -d $(VENV)/triton || $(RUN) -m pip install --quiet --disable-pip-version-check --target $(VENV)/triton \
+		triton==3.6.0 "numpy<2.4"
+	PYTHONPATH=$(VENV)/triton $(RUN) -m pytest tests/test_triton_kernels.py tests/test_triton_compiled.py
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -13,7 +13,7 @@ NOISE_VERSION = 1
 
 NOISES = ("none", "gumbel", "normal")
 ESTIMATORS = ("straight_through",)
-IMPLS = ("auto", "sdpa", "cpu", "blockwise", "reference")
+IMPLS = ("auto", "sdpa", "triton", "cpu", "blockwise", "reference")
 LEARN_TAU = (None, "scalar", "head")
 
 

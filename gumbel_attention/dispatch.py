@@ -45,6 +45,18 @@ def _nothing(problem: AttentionProblem) -> None:
     return None
 
 
+def _triton_unsupported(problem: AttentionProblem) -> str | None:
+    from .impl import triton
+
+    return triton.available() or triton.unsupported(problem)
+
+
+def _triton_attention(problem: AttentionProblem) -> Tensor:
+    from .impl import triton
+
+    return triton.attention(problem)
+
+
 def _cpu_unsupported(problem: AttentionProblem) -> str | None:
     from .impl import cpu
 
@@ -59,11 +71,15 @@ def _cpu_attention(problem: AttentionProblem) -> Tensor:
 
 IMPLEMENTATIONS = {
     "sdpa": Implementation(sdpa.attention, sdpa.unsupported),
+    "triton": Implementation(_triton_attention, _triton_unsupported),
     "cpu": Implementation(_cpu_attention, _cpu_unsupported),
     "blockwise": Implementation(blockwise.attention, _nothing),
     "reference": Implementation(lambda problem: reference.attention(problem).output, _nothing),
 }
 """By name, in the order in which ``"auto"`` prefers them. Kernels are imported and compiled when first asked about."""
+
+EXPLICIT_ONLY = {"triton": "its kernels are tested by interpreter, not yet on a GPU: it runs where it is named"}
+"""Implementations that ``"auto"`` does not take, and why."""
 
 WORTH_IT = {"cpu": KERNEL_SCORES, "blockwise": BLOCK_SCORES}
 """More scores than this make an implementation worth it to ``"auto"``."""
@@ -83,6 +99,8 @@ def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bo
     rejected: dict[str, str] = {}
     for name in IMPLEMENTATIONS if impl == "auto" else [impl]:
         reason = "it holds no weights" if need_weights and name != "reference" else None
+        if reason is None and impl == "auto" and name in EXPLICIT_ONLY:
+            reason = EXPLICIT_ONLY[name]
         if reason is None and impl == "auto" and _scores(problem) <= WORTH_IT.get(name, -1):
             reason = f"it is not worth it for {_scores(problem)} scores"
         reason = reason or IMPLEMENTATIONS[name].unsupported(problem)

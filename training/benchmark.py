@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
-    methods = contenders(device, dtype)
+    methods = [
+        method
+        for method in contenders(device, dtype)
+        if method.name == BASELINE or any(fnmatch.fnmatch(method.name, pattern) for pattern in options.methods)
+    ]
     wrong = check(device, dtype, options.head_dims)
     for name, reason in wrong.items():
         print(f"{name}: NOT TIMED, wrong: {reason}", file=sys.stderr)
@@ -77,6 +82,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="sequence lengths")
     parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
     parser.add_argument("--heads", type=int, default=16, help="heads of the one example")
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of the methods to time, such as 'cpu *'")
     parser.add_argument("--rounds", type=int, default=9, help="times each method runs")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the inputs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")

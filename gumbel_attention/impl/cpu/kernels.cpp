@@ -12,7 +12,7 @@ namespace gumbel {
 namespace {
 
 constexpr int64_t kKeys = 512;        // keys of a block
-constexpr int64_t kTasks = 8;         // tasks that a backward pass is cut into, if there are fewer heads
+constexpr int64_t kTasks = 4;         // tasks that a backward pass is cut into, if there are fewer heads
 constexpr int64_t kScores = 1 << 17;  // scores of a block of whole rows, which a hard choice's backward pass holds
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem& p) {
