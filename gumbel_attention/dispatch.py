@@ -99,16 +99,25 @@ def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bo
     rejected: dict[str, str] = {}
     for name in IMPLEMENTATIONS if impl == "auto" else [impl]:
         reason = "it holds no weights" if need_weights and name != "reference" else None
-        if reason is None and impl == "auto" and name in EXPLICIT_ONLY:
-            reason = EXPLICIT_ONLY[name]
-        if reason is None and impl == "auto" and _scores(problem) <= WORTH_IT.get(name, -1):
-            reason = f"it is not worth it for {_scores(problem)} scores"
+        if reason is None and impl == "auto":
+            reason = _passed_over(name, problem)
         reason = reason or IMPLEMENTATIONS[name].unsupported(problem)
         if reason is None:
             return Explanation(name, rejected)
         rejected[name] = reason
     alternative = "impl='reference' or gumbel_attention, which returns the output only" if need_weights else "'auto'"
     raise ValueError(f"impl={impl!r} cannot compute this call: {rejected[impl]}. Use {alternative}.")
+
+
+def _passed_over(name: str, problem: AttentionProblem) -> str | None:
+    """Why ``"auto"`` does not take an implementation that could do it; ``None`` if it does."""
+    if name in EXPLICIT_ONLY:
+        return EXPLICIT_ONLY[name]
+    if _scores(problem) <= WORTH_IT.get(name, -1):
+        return f"it is not worth it for {_scores(problem)} scores"
+    if name == "sdpa" and problem.dropout_p > 0.0 and problem.query.device.type == "cpu":
+        return "on the CPU it keeps all scores where there is dropout"
+    return None
 
 
 def _scores(problem: AttentionProblem) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 import gumbel_attention as ga
@@ -211,23 +212,30 @@ def step_table(steps: dict[str, Timing], options: argparse.Namespace) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Ratios of every method, a panel for each direction and shape."""
-    panels = list(dict.fromkeys((row.direction, row.length, row.head_dim) for row in rows))
+    """Ratios of every method: a row of panels for each direction, a column for each shape."""
+    directions = list(dict.fromkeys(row.direction for row in rows))
+    shapes = list(dict.fromkeys((row.length, row.head_dim) for row in rows))
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name != BASELINE]
-    figure = Figure(figsize=(3.2 + 2.6 * len(panels), 1.4 + 0.28 * len(methods)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for row in rows:
-            if (row.direction, row.length, row.head_dim) == panel and row.method != BASELINE:
-                y = methods.index(row.method)
-                axis.plot([row.timing.low, row.timing.high], [y, y], color="0.4", linewidth=2)
-                axis.plot(row.timing.ratio, y, "o", color="black", markersize=4)
+    size = (2.2 + 2.5 * len(shapes), 0.8 + (0.7 + 0.24 * len(methods)) * len(directions))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(directions), len(shapes), sharex=True, sharey=True, squeeze=False)
+    for row in rows:
+        axis = panels[directions.index(row.direction), shapes.index((row.length, row.head_dim))]
+        axis.set_title(f"{row.direction}, N = {row.length}, d = {row.head_dim}", fontsize=9)
+        if row.method != BASELINE:
+            y = methods.index(row.method)
+            axis.plot([row.timing.low, row.timing.high], [y, y], color="0.4", linewidth=2)
+            axis.plot(row.timing.ratio, y, "o", color="black", markersize=4)
+    for axis in panels.flat:
         axis.axvline(1.0, color="0.6", linestyle=":")
+        axis.tick_params(labelsize=8)
         axis.set_xscale("log")
-        axis.set_title(f"{panel[0]}\nN = {panel[1]}, d = {panel[2]}", fontsize=9)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(axis="x", color="0.92")
-    axes[0].set_yticks(range(len(methods)), methods, fontsize=8)
-    axes[0].invert_yaxis()
+    panels[0, 0].set_yticks(range(len(methods)), methods)
+    panels[0, 0].invert_yaxis()
     figure.supxlabel(f"time over {BASELINE} (log scale; dotted: equal)", fontsize=9)
     return figure
 
