@@ -43,7 +43,7 @@ def load() -> str | None:
         if isinstance(library, str):
             return library
         torch.ops.load_library(str(library))
-    except Exception as error:
+    except Exception as error:  # whatever goes wrong, there are other implementations, and the reason is told
         return f"{type(error).__name__}: {error}"
     return None
 
