@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(args: FinetuneArguments) -> TrainingRecord:
     Raises:
         UsageError: a setting, the data or the checkpoint is not usable.
     """
-    started = datetime.now(timezone.utc)
+    started = datetime.now(UTC)
     config = attention_config(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
