@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,8 +121,8 @@ def gumbel_attention(
 
     :func:`torch.nn.functional.scaled_dot_product_attention` with the same arguments in the same order and with the
     same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. ``impl`` may name any
-    implementation; all but ``"reference"`` have memory that grows linearly with the lengths. :func:`explain` tells
-    what ``"auto"`` takes.
+    implementation; memory grows linearly with the lengths in all but ``"reference"`` and, with dropout on the CPU,
+    torch's own ``"sdpa"``. :func:`explain` tells what ``"auto"`` takes.
 
     Returns:
         (..., q_len, v_dim), the dtype of the query.
@@ -223,9 +224,8 @@ def gumbel_attention_with_info(
     return AttentionInfo(as_given(info.output), *rest)
 
 
-_SIGNATURE = inspect.signature(attention_problem)
-gumbel_attention.__signature__ = _SIGNATURE.replace(return_annotation="Tensor")  # type: ignore[attr-defined]
-explain.__signature__ = _SIGNATURE.replace(return_annotation="Explanation")  # type: ignore[attr-defined]
-gumbel_attention_with_info.__signature__ = _SIGNATURE.replace(  # type: ignore[attr-defined]
-    return_annotation="AttentionInfo"
-)
+_function: Any
+for _function in (gumbel_attention, gumbel_attention_with_info, explain):  # so that help() shows every setting
+    _returns = inspect.signature(_function).return_annotation
+    _full = inspect.signature(attention_problem).replace(return_annotation=_returns)
+    _function.__signature__ = _full

@@ -86,6 +86,14 @@ def test_sdpa_is_the_reference_without_noise(mask: str, tau: float) -> None:
     )  # fmt: skip
 
 
+def test_sdpa_with_offsets_of_each_example() -> None:
+    compare(
+        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 4, LK, 8), "value": leaf(2, 4, LK, 5), "noise": "none",
+         "is_causal": True, "q_offset": 7, "k_offset": torch.tensor([0, 3])},
+        sdpa.attention,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_blockwise_with_everything_at_once(arm: str) -> None:
     noise_scale = torch.full((4,), 0.8, dtype=torch.float64, requires_grad=ARMS[arm]["noise"] != "none")

@@ -41,16 +41,16 @@ def attention(problem: AttentionProblem) -> Tensor:
 
 def _is_plain_causal(problem: AttentionProblem) -> bool:
     """Whether torch's causal flag says it all: it starts at the first query and key, and allows no mask beside it."""
-    plain = isinstance(problem.q_offset, int) and problem.q_offset == problem.k_offset
-    return problem.is_causal and plain and problem.keep is None
+    q, k = problem.q_offset, problem.k_offset
+    aligned = isinstance(q, int) and isinstance(k, int) and q == k
+    return problem.is_causal and aligned and problem.keep is None
 
 
 def _mask(problem: AttentionProblem) -> Tensor | None:
     visible = None if _is_plain_causal(problem) else problem.visible()
     if problem.bias is None:
         return visible
-    bias = (
-        problem.bias if visible is None else problem.bias.masked_fill(~visible, 0.0)
-    )  # tau's gradient: 0 * inf is NaN
-    bias = bias / problem.choice.tau
-    return (bias if visible is None else bias.masked_fill(~visible, -torch.inf)).to(problem.query.dtype)
+    if visible is None:
+        return (problem.bias / problem.choice.tau).to(problem.query.dtype)
+    finite = problem.bias.masked_fill(~visible, 0.0)  # else tau's gradient has 0 * inf, which is NaN
+    return (finite / problem.choice.tau).masked_fill(~visible, -torch.inf).to(problem.query.dtype)

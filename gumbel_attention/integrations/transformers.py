@@ -10,7 +10,6 @@ original config back is an exact undo.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -34,15 +33,11 @@ REFUSED = ("cache", "indices", "block_indices", "head_mask")
 
 
 class PatchedState(AttentionState):
-    """The state of a patched module, with the config it had: that says how the model builds its masks.
-
-    ``hides_request`` marks a module whose forward takes ``output_attentions`` itself and may not pass it on.
-    """
+    """The state of a patched module, with the config it had: that says how the model builds its masks."""
 
     def __init__(self, config: GumbelAttentionConfig, num_heads: int, module: nn.Module) -> None:
         super().__init__(config, num_heads, next((p.device for p in module.parameters()), None))
         self.source_config = cast(PretrainedConfig, module.config)
-        self.hides_request = "output_attentions" in inspect.signature(module.forward).parameters
         self.train(module.training)
 
     def enter(self, module: Any) -> None:
@@ -127,13 +122,11 @@ def gumbel_attention_forward(
 
 
 def _weights_wanted(state: PatchedState, kwargs: dict[str, Any]) -> bool:
-    """Whether somebody will look at the weights; a module that keeps that to itself might, so for it they are made."""
+    """Whether somebody may look at the weights: only a model that says what it records can say that nobody does."""
     if kwargs.get("output_attentions") or getattr(state.source_config, "output_attentions", False):
         return True
     collected = _active_collector.get()
-    if collected is None:
-        return state.hides_request
-    return any("attentions" in name for name in collected)
+    return collected is None or any("attentions" in name for name in collected)
 
 
 def _none_means_causal(module: nn.Module, convention: str, is_causal: bool | None) -> bool:
@@ -324,10 +317,10 @@ def _attention_layers(model: PreTrainedModel) -> list[PatchedLayer]:
             f"patch_model cannot reach it. {_handwritten_hint(model)}"
         )
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if hasattr(module, CHILD):
             raise ValueError(f"the layer {name!r} is patched already: call remove() on its patch first.")
-        implementation = module.config._attn_implementation or "eager"  # type: ignore[union-attr]
+        implementation = module.config._attn_implementation or "eager"
         if implementation not in MASK_CONVENTIONS:
             raise ValueError(
                 f"the layer {name!r} uses attn_implementation={implementation!r}, whose masks Gumbel attention does "

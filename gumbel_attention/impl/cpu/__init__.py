@@ -15,7 +15,7 @@ from . import build, ops
 __all__ = ["attention", "available", "unsupported"]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without types
 def available() -> str | None:
     """Why the kernels cannot be used on this machine; ``None`` if they can. Compiles them at the first call."""
     reason = build.load()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def _wrong_device(device: torch.device, width: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the GPU must have compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub leaves this property out
+    shared = properties.shared_memory_per_block_optin
     if width > 64 and shared < WIDE_SHARED_MEMORY:
         return f"head dimensions above 64 need {WIDE_SHARED_MEMORY} bytes of shared memory, the GPU has {shared}"
     return None
