@@ -15,6 +15,8 @@ KERNEL_SCORES = 2**14
 """Scores of a call up to which ``"auto"`` does not look for compiled kernels: they would gain nothing."""
 BLOCK_SCORES = 2**22
 """Scores of a call up to which the reference is faster than blocks, which compute them twice."""
+MASK_SCORES = 2**28
+"""Scores of a call on a GPU from which on its mask is too large to be built for scaled_dot_product_attention."""
 
 
 class Implementation(NamedTuple):
@@ -115,8 +117,13 @@ def _passed_over(name: str, problem: AttentionProblem) -> str | None:
         return EXPLICIT_ONLY[name]
     if _scores(problem) <= WORTH_IT.get(name, -1):
         return f"it is not worth it for {_scores(problem)} scores"
-    if name == "sdpa" and problem.dropout_p > 0.0 and problem.query.device.type == "cpu":
+    if name != "sdpa":
+        return None
+    on_cpu = problem.query.device.type == "cpu"
+    if on_cpu and problem.dropout_p > 0.0:
         return "on the CPU it keeps all scores where there is dropout"
+    if problem.is_causal and problem.keep is not None and _scores(problem) > (BLOCK_SCORES if on_cpu else MASK_SCORES):
+        return "a causal mask together with another one would have to be built"
     return None
 
 

@@ -308,7 +308,7 @@ def test_a_patched_model_is_patched_again_only_after_removal():
     model = build("bert")
     patch = ga.patch_model(model, Config(noise="none", layers=[0]))
     before, output = fingerprint(model), logits(model)
-    for config in (PLAIN, Config(layers=[0]), Config(layers=[1])):
+    for config in (PLAIN, Config(layers=[0]), [Config(layers=[1]), Config(layers=[0], hard=True)]):
         with pytest.raises(ValueError, match="patched already"):
             ga.patch_model(model, config)
     assert fingerprint(model) == before

@@ -1,0 +1,79 @@
+"""What a patched attention module carries, whichever way Gumbel attention got in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GumbelAttentionConfig
+from ..state import AttentionState
+
+CHILD = "gumbel"
+"""The name of the state among the children of a patched module."""
+
+
+class PatchedState(AttentionState):
+    """The state of a patched module: a child of it, put in by :meth:`enter` and taken out by :meth:`leave`.
+
+    Args:
+        config: the settings.
+        num_heads: query heads of the module.
+        module: the module, for the device and the mode.
+
+    Attributes:
+        way: the way in, in a word.
+        ran: whether Gumbel attention has run in this module.
+        patch_number: which patch of the model it belongs to, counting from 1.
+    """
+
+    way = ""
+
+    def __init__(self, config: GumbelAttentionConfig, num_heads: int, module: nn.Module) -> None:
+        super().__init__(config, num_heads, _device(module))
+        self.ran = False
+        self.patch_number = 1
+        self.train(module.training)
+
+    def enter(self, module: nn.Module) -> None:
+        """Becomes a child of the module, which from then on attends our way."""
+        module.add_module(CHILD, self)
+        module.register_forward_hook(_check_ran)
+
+    def leave(self, module: nn.Module) -> None:
+        """Undoes :meth:`enter`."""
+        _forget_check(module)
+        delattr(module, CHILD)
+
+    def note_run(self) -> None:
+        """Notes that Gumbel attention ran; compilers do not see it."""
+        if not torch.compiler.is_compiling():
+            self.ran = True
+
+
+def _check_ran(module: nn.Module, args: object, output: object) -> None:
+    """A forward hook for the first call of a patched module: raises if it attended without us."""
+    if torch.compiler.is_compiling():
+        return
+    if not getattr(module, CHILD).ran:
+        raise RuntimeError(
+            f"{type(module).__name__} is patched, but its forward pass did not come to Gumbel attention: it computes "
+            "its attention elsewhere for these arguments. Remove the patch, or leave this layer out of it."
+        )
+    _forget_check(module)
+
+
+def _forget_check(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_hooks.items() if hook is _check_ran]:
+        del module._forward_hooks[key]
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where the module computes: where its weights are, or where Accelerate brings offloaded weights."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    first: Tensor | None = next(module.parameters(), None)
+    return None if first is None else first.device

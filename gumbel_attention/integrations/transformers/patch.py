@@ -1,0 +1,161 @@
+"""A patch in force: the handle for its temperatures, its noise and its undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ...selection import PatchedLayer
+from ..patched_state import CHILD, PatchedState
+from .model_views import refresh_views
+
+
+class PatchedModule(NamedTuple):
+    """One patched layer with its module and the module's state."""
+
+    layer: PatchedLayer
+    module: nn.Module
+    state: PatchedState
+
+
+class ModelPatch:
+    """A patch in force, as :func:`patch_model` returns it."""
+
+    def __init__(self, model: nn.Module, patched: Sequence[PatchedModule]) -> None:
+        self._model = model
+        self._patched = list(patched)
+
+    @classmethod
+    def put_in(cls, model: nn.Module, patched: Sequence[PatchedModule]) -> ModelPatch:
+        """Patches the modules with their states, as the latest patch of the model."""
+        number = 1 + max((state.patch_number for state in _states_in(model)), default=0)
+        for _, module, state in patched:
+            state.patch_number = number
+            state.enter(module)
+        refresh_views(model)
+        return cls(model, patched)
+
+    @property
+    def layers(self) -> list[PatchedLayer]:
+        """The patched layers; printable."""
+        return [entry.layer for entry in self._patched]
+
+    @property
+    def _states(self) -> list[PatchedState]:
+        return [entry.state for entry in self._patched]
+
+    @property
+    def tau(self) -> list[Tensor]:
+        """The current temperature of each patched layer."""
+        return [state.tau.detach().clone() for state in self._states]
+
+    def set_tau(self, tau: float) -> _Restore:
+        """Sets the temperature of the patched layers that do not learn theirs; as a context manager, until its end.
+
+        Raises:
+            TypeError, ValueError: ``tau`` is not a finite number > 0.
+            RuntimeError: all layers learn their temperature.
+        """
+        self._check_in_force()
+        scheduled = [state for state in self._states if state.log_tau is None] or self._states
+        for state in scheduled:
+            state.check_tau(tau)
+        before = [state.tau.clone() for state in scheduled]
+        for state in scheduled:
+            state.set_tau(tau)
+
+        def restore() -> None:
+            for state, value in zip(scheduled, before, strict=True):
+                state.set_tau(value.item())
+
+        return _Restore(restore)
+
+    def noise(self, on: bool | str | None) -> _Restore:
+        """Switches the noise, whatever the mode; as a context manager, until its end.
+
+        Args:
+            on: ``False`` is off; ``True`` is each layer's own noise; the name of a family is that noise in every
+                patched layer; ``None`` goes back to noise in training and, with ``eval_noise``, in eval.
+
+        Raises:
+            TypeError, ValueError: not one of these, or ``True`` for a layer whose settings have no noise.
+        """
+        self._check_in_force()
+        for state in self._states:
+            state.check_override(on)
+        before = [state.noise_override for state in self._states]
+        for state in self._states:
+            state.noise_override = on
+
+        def restore() -> None:
+            for state, value in zip(self._states, before, strict=True):
+                state.noise_override = value
+
+        return _Restore(restore)
+
+    def learned_tau_parameters(self) -> list[nn.Parameter]:
+        """The learned temperatures (their logarithms), to be kept out of weight decay."""
+        return [state.log_tau for state in self._states if state.log_tau is not None]
+
+    def remove(self) -> None:
+        """Takes the patch out: every module is as it was.
+
+        Raises:
+            RuntimeError: it has been taken out before, or the model was patched again since.
+        """
+        self._check_in_force()
+        newest = max(state.patch_number for state in _states_in(self._model))
+        own = max(state.patch_number for state in self._states)
+        if newest > own:
+            raise RuntimeError(
+                f"this is patch {own} of the model and there is a patch {newest}: remove them in reverse order, the "
+                "latest first."
+            )
+        for _, module, state in reversed(self._patched):
+            state.leave(module)
+        refresh_views(self._model)
+        self._patched = []
+
+    def _check_in_force(self) -> None:
+        if not self._patched or any(getattr(m, CHILD, None) is not state for _, m, state in self._patched):
+            raise RuntimeError("this patch has been removed; patch the model again with patch_model(model, config).")
+
+    def __enter__(self) -> ModelPatch:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._patched:
+            self.remove()
+
+    def __repr__(self) -> str:
+        lines = [f"{layer} {{{state.extra_repr()}}}" for layer, _, state in self._patched]
+        return "\n".join([f"ModelPatch of {len(lines)} attention layers:", *(f"  {line}" for line in lines)])
+
+
+def patched_modules(model: nn.Module) -> list[PatchedModule]:
+    """The patched layers of a model, in its order."""
+    found = []
+    for name, module in model.named_modules():
+        state = getattr(module, CHILD, None)
+        if isinstance(state, PatchedState):
+            found.append(PatchedModule(PatchedLayer(name, type(module).__name__, state.way), module, state))
+    return found
+
+
+def _states_in(model: nn.Module) -> list[PatchedState]:
+    return [module for module in model.modules() if isinstance(module, PatchedState)]
+
+
+class _Restore:
+    """Runs a function at the end of a ``with`` block."""
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self._restore = restore
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._restore()
