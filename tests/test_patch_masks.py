@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLAIN, build, fingerprint, inputs, logits, real, without_dropout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -16,6 +15,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 import gumbel_attention as ga
 from gumbel_attention.impl import cpu
 from gumbel_attention.integrations.transformers.masks import CAUSAL_PADDING, compact_mask
+from models import PLAIN, build, fingerprint, inputs, logits, real, without_dropout
 
 LENGTH = 1024
 ST = ga.GumbelAttentionConfig(hard=True)

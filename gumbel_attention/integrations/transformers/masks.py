@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Collection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ CAUSAL_PADDING = torch.float8_e5m2
 the whole truth; in this dtype a model that calculates with its masks raises an error and shows no query the future."""
 _BUILDS_MASKS = re.compile(r"\bcreate_(causal|bidirectional)_mask\(")
 _LOOKS_AT_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\b)")
+_CALCULATES = re.compile(
+    r"[+&*~]\s*attention_mask\b(?!\[)|\battention_mask\s*([+&]|==\s*0|\.masked_fill|\.dtype\s*==)"
+)
+_SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
 
 def compact_mask(
@@ -90,8 +95,9 @@ def mask_builders(model: nn.Module, reached: Collection[nn.Module]) -> list[nn.M
         builder
         for builder in model.modules()
         if isinstance(builder, PreTrainedModel)
-        and _builds_masks(type(builder))
         and builder.config._attn_implementation == "sdpa"
+        and _builds_masks(type(builder))
+        and not any(_CALCULATES.search(_source(cls)) for cls in {type(module) for module in builder.modules()})
         and all(module in reached for module in builder.modules() if _attends(builder, module))
     ]
 
@@ -103,8 +109,17 @@ def _attends(builder: nn.Module, module: nn.Module) -> bool:
 
 def _builds_masks(cls: type[nn.Module]) -> bool:
     """Whether a model of this class calls transformers' mask functions, and asks for no implementation by name."""
-    source = inspect.getsource(cls)
+    source = _source(cls)
     return bool(_BUILDS_MASKS.search(source)) and not _LOOKS_AT_NAME.search(source)
+
+
+def _source(cls: type[nn.Module]) -> str:
+    if cls not in _SOURCES:
+        try:
+            _SOURCES[cls] = inspect.getsource(cls) if cls.__module__.partition(".")[0] != "torch" else ""
+        except (OSError, TypeError):  # defined where no file can be read
+            _SOURCES[cls] = ""
+    return _SOURCES[cls]
 
 
 AttentionMaskInterface.register(NAME, compact_mask)

@@ -21,7 +21,7 @@ from .config_view import config_view, plain_config
 from .masks import CAUSAL_PADDING, NAME
 
 MASK_CONVENTIONS = ("eager", "sdpa")
-REFUSED = ("cache", "indices", "block_indices", "head_mask")
+REFUSED = ("cache", "head_mask")
 
 
 class RegistryState(PatchedState):
@@ -59,6 +59,8 @@ def gumbel_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered in transformers' ``AttentionInterface``.
@@ -76,6 +78,8 @@ def gumbel_attention_forward(
         softcap: bounds the scores by a tanh.
         s_aux: (H,) attention sinks.
         sinks: (H,) attention sinks, under another name.
+        indices: (B, Lq, K), the only keys that a query may attend to.
+        block_indices: the only blocks of keys, as the module's own indexer reads them.
         **kwargs: what else models pass; ignored, but for what would change the result, which is refused.
 
     Returns:
@@ -90,16 +94,15 @@ def gumbel_attention_forward(
     refused = [name for name in REFUSED if kwargs.get(name) is not None]
     if refused:
         raise NotImplementedError(
-            f"Gumbel attention cannot honour {refused} (continuous batching, sparse key indices or head masks) in "
+            f"Gumbel attention cannot honour {refused} (a paged cache of continuous batching, or head masks) in "
             f"{type(module).__name__}; ignoring them would change the result. Remove the patch for this use."
         )
     state.note_run()
-    convention = _mask_convention(module)
-    if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
-        attention_mask = attention_mask[..., : key.shape[-2]]
-    causal = attention_mask is None and query.shape[2] > 1 and _none_means_causal(module, convention, is_causal)
-    if attention_mask is not None and attention_mask.dtype == CAUSAL_PADDING:
-        causal, attention_mask = True, _whole_padding(attention_mask, query, key)
+    attention_mask, causal = _mask_and_causal(module, query, key, attention_mask, is_causal)
+    if indices is not None:
+        attention_mask = _only_keys(indices, attention_mask, key.shape[-2])
+    if block_indices is not None:
+        attention_mask, causal = _only_blocks(module, block_indices, attention_mask, causal, query, key, kwargs), False
     info = attend(
         state,
         module.training,
@@ -153,6 +156,59 @@ def _whole_padding(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.to(torch.bool)
 
 
+def _mask_and_causal(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> tuple[Tensor | None, bool]:
+    """The mask as attention takes it, no longer than the keys, and whether a query sees no later key besides."""
+    convention = _mask_convention(module)
+    if mask is None:
+        return None, query.shape[2] > 1 and _none_means_causal(module, convention, is_causal)
+    mask = mask[..., : key.shape[-2]]
+    if mask.dtype == CAUSAL_PADDING:
+        return _whole_padding(mask, query, key), True
+    return mask, False
+
+
+def _only_keys(indices: Tensor, mask: Tensor | None, k_len: int) -> Tensor:
+    """A mask that leaves of the keys only those that ``indices`` (B, Lq, K) names."""
+    named = indices.new_zeros((*indices.shape[:2], k_len), dtype=torch.bool)
+    return _with_keep(mask, named.scatter(-1, indices.long(), True)[:, None])
+
+
+def _only_blocks(
+    module: Any,
+    block_indices: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    query: Tensor,
+    key: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The additive mask that the module's own indexer builds of the blocks it chose."""
+    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if build is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes block_indices and has no indexer that builds a mask of them; ignoring "
+            "them would change the result. Remove the patch for this layer."
+        )
+    q_len, k_len = query.shape[-2], key.shape[-2]
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(k_len - q_len, k_len, device=query.device)
+    position_ids = position_ids.expand(query.shape[0], -1)
+    if causal:
+        mask = _with_keep(mask, position_ids[:, None, :, None] >= torch.arange(k_len, device=query.device))
+    built: Tensor = build(block_indices, mask, k_len, query.dtype, query.device, position_ids)
+    return built
+
+
+def _with_keep(mask: Tensor | None, keep: Tensor) -> Tensor:
+    """A mask of which only ``keep`` takes part."""
+    if mask is None:
+        return keep
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
+
+
 def _with_bias(mask: Tensor | None, bias: Tensor | None, k_len: int) -> Tensor | None:
     """A mask and a learned bias (cut to the number of keys) as one additive mask."""
     if bias is None:
@@ -160,7 +216,7 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None, k_len: int) -> Tensor |
     bias = bias[..., :k_len]
     if mask is None:
         return bias
-    return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
+    return bias + mask if mask.is_floating_point() else _with_keep(bias, mask)
 
 
 AttentionInterface.register(NAME, gumbel_attention_forward)
