@@ -69,8 +69,9 @@ class GumbelAttentionConfig:
         eval_noise: keep the noise in ``eval()`` mode.
         eval_hard: whether the choice is hard in ``eval()`` mode; ``None`` is as in training.
         learn_tau: ``None``, ``"scalar"`` (one learned temperature per layer) or ``"head"`` (one per head).
-        layers: which attention layers of a model: indices (negative ones count from the end), patterns of
-            module names, or ``"encoder"``, ``"decoder"``, ``"cross"``; ``None`` is all.
+        layers: which attention layers of a model: indices (negative ones count from the end), slices of them as
+            strings (``"2:"``, ``":-1"``), patterns of module names, or ``"encoder"``, ``"decoder"``, ``"cross"``;
+            ``None`` is all.
         heads: which heads of these layers; the others keep their plain softmax. ``None`` is all.
         impl: which implementation computes it; ``"auto"`` chooses.
 

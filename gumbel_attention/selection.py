@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 _CROSS = re.compile(r"cross_?att|encdecatt|encoder_att|encoder_decoder_att", re.IGNORECASE)
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+_SLICE = re.compile(r"(-?\d*):(-?\d*)")
 PARTS = ("encoder", "decoder", "cross")
 
 
@@ -50,7 +51,8 @@ def select(layers: Sequence[PatchedLayer], wanted: Sequence[int | str] | None) -
     """The layers that ``wanted`` names, in the order of the model.
 
     An int is the number of a layer in its stack, negative ones counting from the end; in an encoder-decoder it
-    means that layer of every stack. A string is ``"encoder"``, ``"decoder"``, ``"cross"`` or a pattern of names.
+    means that layer of every stack. A string is ``"encoder"``, ``"decoder"``, ``"cross"``, a slice of the layers of
+    every stack such as ``"2:"`` or ``":-1"``, or a pattern of names.
 
     Raises:
         ValueError: an element of ``wanted`` that matches nothing.
@@ -62,17 +64,31 @@ def select(layers: Sequence[PatchedLayer], wanted: Sequence[int | str] | None) -
         names = {layer.name for layer in layers if _matches(layer, item, layers)}
         if not names:
             raise ValueError(
-                f"layers={item!r} matches nothing; there are {[layer.name for layer in layers]}, "
-                f"and the parts {PARTS} where a model has them."
+                f"layers={item!r} matches nothing; there are {[layer.name for layer in layers]}, their numbers, "
+                f"slices of these such as '2:', and the parts {PARTS} where a model has them."
             )
         picked |= names
     return [layer for layer in layers if layer.name in picked]
 
 
 def _matches(layer: PatchedLayer, item: int | str, layers: Sequence[PatchedLayer]) -> bool:
-    if isinstance(item, str):
-        return layer.is_in(item) if item in PARTS else fnmatch.fnmatchcase(layer.name, item)
+    if item in PARTS:
+        return layer.is_in(str(item))
+    bounds = _SLICE.fullmatch(item) if isinstance(item, str) else None
+    if isinstance(item, str) and bounds is None:
+        return fnmatch.fnmatchcase(layer.name, item)
     if layer.index is None:
         return False
     numbers = sorted({other.index for other in layers if other.stack == layer.stack and other.index is not None})
+    if bounds is not None:
+        start, stop = (_number(bound, numbers) for bound in bounds.groups())
+        return (start is None or start <= layer.index) and (stop is None or layer.index < stop)
+    assert isinstance(item, int)
     return layer.index == item if item >= 0 else -item <= len(numbers) and layer.index == numbers[item]
+
+
+def _number(bound: str, numbers: list[int]) -> int | None:
+    """The layer number that a bound of a slice means; a negative one counts from the end."""
+    if not bound or int(bound) >= 0:
+        return int(bound) if bound else None
+    return numbers[max(int(bound), -len(numbers))]

@@ -48,6 +48,14 @@ def test_none_is_every_layer():
         (ENCODER, ["bert.encoder.layer.1?.*"], [f"bert.encoder.layer.{n}.attention.self" for n in (10, 11)]),
         (ENCODER, ["*.layer.[13].*"], [f"bert.encoder.layer.{n}.attention.self" for n in (1, 3)]),
         (DECODER, ["model.layers.1.self_attn"], ["model.layers.1.self_attn"]),
+        (DECODER, ["1:"], ["model.layers.1.self_attn", "model.layers.2.self_attn"]),
+        (DECODER, [":-1"], ["model.layers.0.self_attn", "model.layers.1.self_attn"]),
+        (DECODER, ["-9:1"], ["model.layers.0.self_attn"]),
+        (DECODER, range(1, 3), ["model.layers.1.self_attn", "model.layers.2.self_attn"]),
+        (ENCODER, ["2:4"], [f"bert.encoder.layer.{n}.attention.self" for n in (2, 3)]),
+        (HYBRID, ["4:"], ["model.layers.7.self_attn", "model.layers.11.self_attn"]),
+        (HYBRID, ["-2:"], ["model.layers.7.self_attn", "model.layers.11.self_attn"]),
+        (DECODER, [":"], [f"model.layers.{n}.self_attn" for n in range(3)]),
     ],
 )
 def test_numbers_and_patterns(layers, wanted, expected):
