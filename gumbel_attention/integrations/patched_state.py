@@ -71,9 +71,9 @@ def _forget_check(module: nn.Module) -> None:
 
 def _device(module: nn.Module) -> torch.device | None:
     """Where the module computes: where its weights are, or where Accelerate brings offloaded weights."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    if execution_device is not None:
-        return torch.device(execution_device)
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
     first: Tensor | None = next(module.parameters(), None)
     return None if first is None else first.device

@@ -1,0 +1,238 @@
+"""Patched models in the hands of the libraries around them: PEFT, Accelerate, export, data parallelism."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.multiprocessing as mp
+import transformers as hf
+from torch import Tensor, nn
+
+import gumbel_attention as ga
+from models import CONFIGS, HARD, PLAIN, VOCAB, build, inputs, logits, real, trained
+
+Config = ga.GumbelAttentionConfig
+ST = Config(hard=True)
+GENERATION: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True}, {"cache_implementation": "static", "num_beams": 3}])
+def test_sampled_and_cached_generation_without_noise_is_the_models_own(settings: dict[str, Any]) -> None:
+    model = build("llama", "sdpa")
+    batch = inputs(model, "left")
+    torch.manual_seed(0)
+    want = model.generate(**batch, **{**GENERATION, **settings})
+    with ga.patch_model(model, PLAIN):
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**batch, **{**GENERATION, **settings}), want)
+
+
+def test_assisted_generation_is_that_of_the_patched_model_alone() -> None:
+    model, assistant = build("llama", "sdpa"), build("llama", "sdpa")
+    ga.patch_model(model, HARD)
+    prompt = {key: value[2:3] for key, value in inputs(model, "left").items()}
+    assert torch.equal(
+        model.generate(**prompt, **GENERATION, assistant_model=assistant), model.generate(**prompt, **GENERATION)
+    )
+
+
+@pytest.mark.parametrize("config", [PLAIN, HARD])
+def test_packed_sequences_do_not_see_each_other(config: ga.GumbelAttentionConfig) -> None:
+    model = build("llama", "sdpa")
+    ga.patch_model(model, config)
+    tokens = torch.randint(5, VOCAB, (1, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(tokens[:, :5]).logits, model(tokens[:, 5:]).logits], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_an_exported_model_gives_the_same(name: str) -> None:
+    model = build(name, "sdpa")
+    ga.patch_model(model, HARD)
+    batch = inputs(model, "right")
+    model.config.use_cache = False
+    exported = torch.export.export(model, (), kwargs=batch).module()
+    assert torch.equal(exported(**batch).logits, logits(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_lora_trains_a_patched_model_and_merges(patch_first: bool) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = trained("llama", "sdpa")
+    if patch_first:
+        ga.patch_model(model, ST)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    if not patch_first:
+        ga.patch_model(adapted.get_base_model(), ST)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    batch = inputs(model, "right")
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(**batch).logits.float().square().mean().backward()
+        optimizer.step()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in gradients} == {"q_proj", "v_proj"}
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+    want = logits(adapted.eval(), batch)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), want, rtol=1e-4, atol=1e-4)
+    assert any(name.endswith(".gumbel") for name, _ in merged.named_modules())
+
+
+@pytest.mark.parametrize("learn_tau", [None, "head"])
+def test_a_model_patched_on_the_meta_device_gets_its_memory_later(learn_tau: str | None) -> None:
+    want = build("llama", "sdpa")
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa").eval()
+    patch = ga.patch_model(model, Config(noise="none", tau=0.5, learn_tau=learn_tau))
+    model.to_empty(device="cpu")
+    assert all(torch.equal(tau, torch.full_like(tau, 0.5)) for tau in patch.tau)
+    taus = {name: value for name, value in model.state_dict().items() if "log_tau" in name}
+    model.load_state_dict({**want.state_dict(), **taus})
+    model.model.rotary_emb = want.model.rotary_emb
+    ga.patch_model(want, Config(noise="none", tau=0.5))
+    assert torch.equal(logits(model), logits(want))
+
+
+def test_a_model_whose_weights_are_offloaded_is_patched_where_it_computes() -> None:
+    want, model = build("bert", "sdpa"), build("bert", "sdpa")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for one in (want, model):
+        ga.patch_model(one, Config(noise="none", tau=0.5))
+    assert torch.equal(logits(model), logits(want))
+
+
+def test_a_layer_with_quantised_projections_attends_as_one_with_their_values() -> None:
+    class Int8Linear(nn.Module):
+        """Weights as bytes with a scale for each row; no parameter that a device or dtype could be read from."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+            self.register_buffer("quantised", (linear.weight.detach() / self.scale).round().to(torch.int8))
+            self.bias = linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.quantised.float() * self.scale, self.bias)
+
+    model, want = build("bert", "sdpa"), build("bert", "sdpa")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".self." in name:
+            quantised = Int8Linear(module)
+            model.set_submodule(name, quantised)
+            want.get_submodule(name).weight.data = quantised.quantised.float() * quantised.scale
+    for one in (model, want):
+        ga.patch_model(one, HARD)
+    assert torch.equal(logits(model), logits(want))
+
+
+def test_accelerate_prepares_a_patched_model() -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = trained("bert", "sdpa")
+    ga.patch_model(model, ST)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    before = prepared.bert.encoder.layer[0].attention.self.query.weight.detach().clone()
+    accelerator.backward(prepared(**inputs(model, "right")).logits.float().square().mean())
+    optimizer.step()
+    assert not torch.equal(prepared.bert.encoder.layer[0].attention.self.query.weight, before)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert any(name.endswith(".gumbel") for name, _ in unwrapped.named_modules())
+    accelerator.free_memory()
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    """Two steps of one process of two: wrapped by DDP, then sharded by FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, device_id=None
+    )
+    results: dict[str, Any] = {}
+    for kind in ("ddp", "fsdp2"):
+        model: Any = trained("llama", "sdpa")
+        ga.patch_model(model, Config(noise="none", hard=True, learn_tau="head"))
+        batch = {key: value[rank : rank + 1] for key, value in inputs(model, "right").items()}
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**batch).logits.float().square().mean().backward()
+            optimizer.step()
+        full = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in model.state_dict().items()}
+        results[kind] = {name.removeprefix("module."): value for name, value in full.items()}
+    if rank == 0:
+        torch.save(results, Path(folder) / "weights.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_and_sharded_training_take_the_steps_of_one_process(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    results = torch.load(tmp_path / "weights.pt")
+    model = trained("llama", "sdpa")
+    ga.patch_model(model, Config(noise="none", hard=True, learn_tau="head"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = inputs(model, "right")
+    for _ in range(2):
+        optimizer.zero_grad()
+        for rank in range(2):
+            one = {key: value[rank : rank + 1] for key, value in batch.items()}
+            (model(**one).logits.float().square().mean() / 2).backward()
+        optimizer.step()
+    assert any("log_tau" in name for name in model.state_dict())
+    for kind in ("ddp", "fsdp2"):
+        assert results[kind].keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(results[kind][name], value, rtol=1e-4, atol=1e-5, msg=f"{kind} {name}")
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # by the compiler
+def test_a_compiled_training_step_compiles_no_more_often_than_noise_settings_change() -> None:
+    model = trained("bert", "sdpa")
+    patch = ga.patch_model(model, ST)
+    batch = inputs(model, "right")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for tau in (1.0, 0.7, 0.5, 0.3):
+        patch.set_tau(tau)
+        compiled(**batch).logits.square().mean().backward()
+    assert counter.frame_count == 1
+    with patch.noise(False):
+        compiled(**batch)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+def test_real_positions_are_those_of_the_unpadded_model() -> None:
+    model = build("llama", "sdpa")
+    ga.patch_model(model, HARD)
+    batch = inputs(model, "right")
+    padded = real(batch, logits(model, batch))
+    alone = [
+        logits(model, {"input_ids": row[keep.bool()][None]})[0]
+        for row, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    torch.testing.assert_close(padded, torch.cat(alone), rtol=0, atol=1e-5)
