@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .checks import Number
 from .config import IMPLS, check_choice, check_positive, choose
-from .impl.problem import AttentionProblem, Choice
+from .impl.problem import AttentionProblem, Choice, compute_dtype
 from .noise import Coordinates, draw_seed
 
 
@@ -103,7 +103,7 @@ def attention_problem(
         sinks=sinks,
         dropout_p=float(dropout_p),
         seed_given=seed is not None,
-        choice=make_choice(tau, hard, noise, noise_scale, where),
+        choice=make_choice(tau, hard, noise, noise_scale, where, compute_dtype(q.dtype)),
     )
 
 
@@ -112,11 +112,18 @@ def draws(noise: str, noise_scale: Number) -> bool:
     return noise != "none" and (isinstance(noise_scale, Tensor) or noise_scale > 0)
 
 
-def make_choice(tau: Number, hard: bool, noise: str, noise_scale: Number, where: Coordinates | None) -> Choice:
-    """The choice with tau and noise_scale in shapes that broadcast, and noise that adds nothing left out."""
+def make_choice(
+    tau: Number,
+    hard: bool,
+    noise: str,
+    noise_scale: Number,
+    where: Coordinates | None,
+    dtype: torch.dtype = torch.float32,
+) -> Choice:
+    """The choice with tau and noise_scale in ``dtype`` and shapes that broadcast; noise that adds nothing left out."""
 
     def per_head(x: Number) -> Number:
-        return x.reshape(1, -1, 1, 1) if isinstance(x, Tensor) else x
+        return x.to(dtype).reshape(1, -1, 1, 1) if isinstance(x, Tensor) else x
 
     return Choice(per_head(tau), hard, noise if draws(noise, noise_scale) else "none", per_head(noise_scale), where)
 

@@ -94,7 +94,7 @@ def gumbel_softmax(
     if draws(noise, noise_scale):
         key = draw_seed(device=logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
         drawn = Coordinates(key, *flat_shape)
-    choice = make_choice(tau, hard, noise, noise_scale, drawn)
+    choice = make_choice(tau, hard, noise, noise_scale, drawn, compute_dtype(logits.dtype))
 
     def rows_of(x: Tensor) -> Tensor:
         return x.movedim(dim, -1).reshape(flat_shape)

@@ -1,188 +1,251 @@
-"""Every implementation against the reference, on the same noise, in float64: outputs and all gradients."""
+"""Every implementation against the reference in float64 on the same noise: outputs, choices and all gradients."""
 
-import functools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-import gumbel_attention as ga
-from gumbel_attention.arguments import attention_problem
-from gumbel_attention.impl import blockwise, reference, sdpa
+from conformance import (
+    ARMS,
+    CUDA,
+    DTYPES,
+    HALF,
+    INTERPRETER_WARNINGS,
+    MASKS,
+    NAMES,
+    TAUS,
+    Arguments,
+    attend,
+    case,
+    check,
+    check_choices,
+    leaf,
+    moved,
+    sizes_of,
+    skip_if_unable,
+    thinned,
+)
 
-ARMS = {
-    "soft": {"noise": "gumbel"},
-    "st": {"noise": "gumbel", "hard": True},
-    "det-st": {"noise": "none", "hard": True},
-    "softmax": {"noise": "none"},
-    "normal-st": {"noise": "normal", "hard": True},
+pytestmark = INTERPRETER_WARNINGS
+HARD = ("st", "det-st")
+KERNEL_ARMS = ("soft", "st", "det-st", "softmax")
+
+
+def known_defect(name: str, arm: str, mask: str, tau: float, dtype: torch.dtype) -> tuple[str, bool] | None:
+    """Why a case is expected to fail, and whether it must."""
+    if dtype not in HALF:
+        return None
+    if name == "sdpa" and mask == "float" and tau < 0.1 and arm == "softmax":
+        return "the mask divided by tau is rounded to the query's dtype", True
+    if name == "triton" and arm in HARD and tau < 0.1:
+        return "sums relative to a guess of delta cancel in dQ; their operands are in half precision", False
+    return None
+
+
+def matrix() -> Iterator[object]:
+    """Every arm with every mask, temperature and dtype; where cases are thinned out, every arm with every mask."""
+    for name in NAMES:
+        for i, arm in enumerate(ARMS if name != "sdpa" else ["softmax"]):  # torch's own has no other
+            for j, mask in enumerate(MASKS):
+                for t, tau in enumerate(TAUS):
+                    for d, dtype in enumerate(DTYPES[name]):
+                        if thinned(name) and not (t == (i + j) % 3 and d == (i + 2 * j) % 3):
+                            continue
+                        if name == "blockwise" and dtype in HALF and d % 2 != (i + j + t) % 2:
+                            continue  # its blocks are computed in float32 in either
+                        defect = known_defect(name, arm, mask, tau, dtype)
+                        marks = [] if defect is None else [pytest.mark.xfail(reason=defect[0], strict=defect[1])]
+                        label = f"{name}-{arm}-{mask}-{tau}-{str(dtype).removeprefix('torch.')}"
+                        yield pytest.param(name, arm, mask, tau, dtype, marks=marks, id=label)
+
+
+@pytest.mark.parametrize(("name", "arm", "mask", "tau", "dtype"), list(matrix()))
+def test_every_implementation_is_the_reference(name: str, arm: str, mask: str, tau: float, dtype: torch.dtype) -> None:
+    check(name, case(name, arm, mask, tau, dtype))
+
+
+@pytest.mark.parametrize("arm", KERNEL_ARMS)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [(name, mask) for name in NAMES for mask in (("padding",) if thinned(name) else MASKS)],
+)
+def test_dropout_seeds_offsets_and_head_shards_at_once(name: str, mask: str, arm: str) -> None:
+    offsets = {} if mask.startswith("causal") else {"q_offset": 13, "k_offset": 2**31 + 7}
+    seed = torch.tensor([-5, 2**40])[: sizes_of(name).batch]
+    dropout = 0.0 if name == "sdpa" else 0.3
+    shard = {"h_offset": 2, "h_total": 9, "seed": seed, "dropout_p": dropout}
+    check(name, case(name, arm, mask, 0.7, torch.float32, **shard, **offsets))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_soft_cap_sinks_and_offsets_of_each_example(name: str, arm: str) -> None:
+    """Arguments that only blockwise and the reference take, with a temperature for each head."""
+    heads = sizes_of(name).heads
+    offsets = torch.tensor([6, 2])[: sizes_of(name).batch]
+    more: Arguments = {
+        "softcap": 1.5, "sinks": leaf(heads), "tau": torch.rand(heads).add(0.5).requires_grad_(),
+        "seed": torch.tensor([5, 9])[: len(offsets)], "dropout_p": 0.3, "is_causal": True, "q_offset": offsets,
+    }  # fmt: skip
+    for dtype in set(DTYPES[name]) - set(HALF):
+        check(name, moved(case(name, arm, "float", 1.0, dtype) | more, dtype))
+
+
+@pytest.mark.parametrize("arm", ["softmax", "st"])
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_of_each_example(name: str, arm: str) -> None:
+    batch = sizes_of(name).batch
+    place: Arguments = {"is_causal": True, "q_offset": 7, "k_offset": torch.tensor([0, 3])[:batch]}
+    check(name, case(name, arm, "none", 0.7, DTYPES[name][0], **place))
+
+
+PLACES = [(1, 1, 0), (1, 700, 9), (200, 2, 300), (130, 1100, 0), (75, 600, 37)]
+PLACES_OF = {
+    "sdpa": PLACES[::4],
+    "triton": [(1, 1, 0), (40, 70, 37)] if thinned("triton") else PLACES,
+    "cpu": PLACES,
+    "blockwise": PLACES[::4],
 }
-LQ, LK = 21, 27
 
 
-def mask_of(kind: str) -> dict[str, object]:
-    """Mask arguments, with rows that see nothing where the kind allows it."""
-    if kind == "padding":
-        keep = torch.ones(2, 1, 1, LK, dtype=torch.bool)
-        keep[0, ..., 19:] = keep[1, ..., :5] = False
-        return {"attn_mask": keep}
-    if kind == "bool":
-        keep = torch.rand(2, 4, LQ, LK) > 0.5
-        keep[0, 1, 3] = keep[1, :, 20] = False
-        return {"attn_mask": keep}
-    if kind == "float":
-        bias = torch.randn(4, LQ, LK, dtype=torch.float64).masked_fill(torch.rand(LQ, LK) > 0.8, -math.inf)
-        bias[:, 7] = -math.inf
-        return {"attn_mask": bias.requires_grad_()}
-    if kind == "window":
-        distance = torch.arange(LQ)[:, None] - torch.arange(LK)
-        return {"attn_mask": (distance >= 0) & (distance < 5)}
-    return {"is_causal": kind.startswith("causal"), "q_offset": 4 if kind == "causal, offset" else 0}
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("arm", KERNEL_ARMS)
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name in NAMES for place in PLACES_OF[name]])
+def test_ragged_lengths_over_several_blocks(name: str, place: tuple[int, int, int], arm: str, causal: bool) -> None:
+    q_len, k_len, k_offset = place
+    arguments: Arguments = {
+        "query": leaf(1, 2, q_len, 7), "key": leaf(1, 1, k_len, 7), "value": leaf(1, 1, k_len, 9), "enable_gqa": True,
+        "is_causal": causal, "q_offset": max(0, k_offset + k_len - q_len - 3), "k_offset": k_offset, "seed": 2,
+        **ARMS[arm],
+    }  # fmt: skip
+    check(name, arguments)
 
 
-def run(implementation: object, arguments: dict[str, object], grads: list[Tensor], d_out: Tensor) -> list[Tensor]:
-    output = implementation(attention_problem(**arguments))  # type: ignore[operator,arg-type]
-    return [output, *torch.autograd.grad(output, grads, d_out, allow_unused=True)]
+@pytest.mark.parametrize("arm", KERNEL_ARMS)
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_long_masks_of_every_shape(name: str, arm: str) -> None:
+    """Where kernels skip blocks of keys that no query of a block sees."""
+    if thinned(name):
+        pytest.skip("too long for Triton's interpreter")
+    full = torch.rand(2, 2, 90, 600) > 0.4
+    full[..., 500:590] = False
+    q, k, v = leaf(2, 2, 90, 4), leaf(2, 2, 600, 4), leaf(2, 2, 600, 4)
+    for keep in (full, full[:, :1], full[:1], full[..., :1, :], full[..., :1], full.transpose(0, 1)):
+        bias = torch.randn(keep.shape).masked_fill(~keep, -math.inf)
+        for mask in (keep, bias, bias.clamp(min=torch.finfo().min)):
+            check(name, {"query": q, "key": k, "value": v, "attn_mask": mask, "is_causal": True, "q_offset": 505,
+                         "seed": 3, **ARMS[arm]})  # fmt: skip
 
 
-def compare(arguments: dict[str, object], implementation: object, tolerance: float = 1e-10) -> None:
-    tensors = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
-    q, v = arguments["query"], arguments["value"]
-    assert isinstance(q, Tensor)
-    assert isinstance(v, Tensor)
-    d_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    want = run(lambda problem: reference.attention(problem).output, arguments, tensors, d_out)
-    got = run(implementation, arguments, tensors, d_out)
-    for a, b in zip(got, want, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_float_masks_of_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    sizes = sizes_of(name)
+    bias = torch.randn(sizes.q_len, sizes.k_len).to(dtype)
+    bias = bias.masked_fill(torch.rand(bias.shape) > 0.8, torch.finfo(dtype).min)
+    for arm in ("softmax",) if name == "sdpa" else ("soft", "st"):
+        check(name, case(name, arm, "none", 1.0, torch.float32) | {"attn_mask": bias})
 
 
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+HEAD_DIMS = [(40, 40, 10.0), (64, 16, 0.02), (5, 33, 1.0), (1, 1, 0.1)]
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "causal, offset", "padding", "bool", "float", "window"])
-@pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("tau", [0.01, 0.7, 10.0])
-def test_blockwise_is_the_reference(mask: str, arm: str, tau: float) -> None:
-    compare(
-        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 2, LK, 8), "value": leaf(2, 2, LK, 5), "enable_gqa": True,
-         "tau": torch.full((4,), tau, dtype=torch.float64, requires_grad=True), "seed": 5,
-         **mask_of(mask), **ARMS[arm]},
-        functools.partial(blockwise.attention, block_scores=2 * 4 * LK * 8),
+@pytest.mark.parametrize("arm", KERNEL_ARMS)
+@pytest.mark.parametrize(("d", "d_v", "tau"), HEAD_DIMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_head_dimensions_and_temperatures(name: str, d: int, d_v: int, tau: float, arm: str) -> None:
+    """A temperature that is a number."""
+    batch, heads, kv_heads, q_len, k_len, _, _ = sizes_of(name)
+    check(
+        name,
+        {"query": leaf(batch, heads, q_len, d), "key": leaf(batch, kv_heads, k_len, d),
+         "value": leaf(batch, kv_heads, k_len, d_v), "enable_gqa": True, "tau": tau, "seed": 3, **ARMS[arm]},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "causal, offset", "padding", "bool", "float", "window"])
-@pytest.mark.parametrize("tau", [0.01, 0.7, 10.0])
-def test_sdpa_is_the_reference_without_noise(mask: str, tau: float) -> None:
-    compare(
-        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 2, LK, 8), "value": leaf(2, 2, LK, 5), "enable_gqa": True,
-         "tau": torch.full((4,), tau, dtype=torch.float64, requires_grad=True), "noise": "none", **mask_of(mask)},
-        sdpa.attention,
-    )  # fmt: skip
+@pytest.mark.parametrize("dtype", HALF)
+def test_sdpa_with_a_tensor_for_tau_rounds_the_query_over_tau(dtype: torch.dtype) -> None:
+    """A power of two costs nothing; another temperature costs the rounding of query / tau."""
+    arguments = case("sdpa", "softmax", "none", 0.7, dtype)
+    for tau in (0.5, 2.0):
+        check("sdpa", arguments | {"tau": torch.full((4,), tau)})
 
 
-def test_sdpa_with_offsets_of_each_example() -> None:
-    compare(
-        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 4, LK, 8), "value": leaf(2, 4, LK, 5), "noise": "none",
-         "is_causal": True, "q_offset": 7, "k_offset": torch.tensor([0, 3])},
-        sdpa.attention,
-    )  # fmt: skip
+@pytest.mark.xfail(strict=True, reason="query / tau is rounded to the query's dtype")
+@pytest.mark.parametrize("dtype", HALF)
+def test_sdpa_with_a_tensor_for_a_low_tau(dtype: torch.dtype) -> None:
+    check("sdpa", case("sdpa", "softmax", "none", 0.7, dtype) | {"tau": torch.full((4,), 0.011)})
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_blockwise_with_everything_at_once(arm: str) -> None:
-    noise_scale = torch.full((4,), 0.8, dtype=torch.float64, requires_grad=ARMS[arm]["noise"] != "none")
-    compare(
-        {"query": leaf(2, 4, LQ, 8), "key": leaf(2, 4, LK, 8), "value": leaf(2, 4, LK, 5), "softcap": 1.5,
-         "tau": leaf(4).detach().exp().requires_grad_(), "noise_scale": noise_scale, "sinks": leaf(4),
-         "dropout_p": 0.3,
-         "seed": torch.tensor([5, 9]), "is_causal": True, "q_offset": torch.tensor([6, 2]), **mask_of("float"),
-         **ARMS[arm]},
-        functools.partial(blockwise.attention, block_scores=2 * 4 * LK * 5),
-    )  # fmt: skip
+@pytest.mark.parametrize(("arm", "tau"), [("st", 0.01), ("st", 1.0), ("det-st", 0.01)])
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_of_many_rows(name: str, arm: str, tau: float) -> None:
+    """Of 4096 rows, by interpreter 1024, at most one in a thousand is too close to compare."""
+    shape, q_len, k_len = ((4, 4), 256, 300) if not thinned(name) else ((1, 2), 512, 100)
+    arguments: Arguments = {
+        "query": torch.randn(*shape, q_len, 16), "key": torch.randn(*shape, k_len, 16),
+        "value": torch.randn(*shape, k_len, 1), "seed": 7, "tau": tau, **ARMS[arm],
+    }  # fmt: skip
+    skip_if_unable(name, arguments)
+    check_choices(name, arguments)
 
 
-@pytest.mark.parametrize("block_scores", [1, 8 * LK, 8 * LK * 7, 10**9])
-def test_results_do_not_depend_on_the_block_size(block_scores: int) -> None:
-    q, k, v = torch.randn(2, 4, LQ, 8), torch.randn(2, 4, LK, 8), torch.randn(2, 4, LK, 5)
-    problem = attention_problem(q, k, v, hard=True, seed=3)
-    assert torch.equal(blockwise.attention(problem, block_scores), reference.attention(problem).output)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lowest_index_wins_ties(name: str) -> None:
+    keep = torch.ones(33, 50, dtype=torch.bool).triu(3)
+    for hard in (False, True):
+        arguments: Arguments = {
+            "query": torch.zeros(1, 2, 33, 16), "key": torch.zeros(1, 2, 50, 16), "value": torch.randn(1, 2, 50, 4),
+            "attn_mask": keep, "noise": "none", "hard": hard,
+        }  # fmt: skip
+        if not hard:
+            check(name, arguments | {"query": leaf(1, 2, 33, 16)})
+            continue
+        skip_if_unable(name, arguments)
+        value = arguments["value"]
+        assert isinstance(value, Tensor)
+        assert torch.equal(attend(name, arguments), value[:, :, 3:36])
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_nan_in_padding_never_reaches_an_output_or_gradient(hard: bool) -> None:
-    q, k, v = leaf(2, 2, LQ, 8), torch.randn(2, 2, LK, 8).double(), torch.randn(2, 2, LK, 5).double()
-    keep = mask_of("padding")["attn_mask"]
-    assert isinstance(keep, Tensor)
-    k, v = (x.masked_fill(~keep.mT, math.nan).requires_grad_() for x in (k, v))
-    out = ga.gumbel_attention(q, k, v, keep, hard=hard, impl="blockwise")
-    assert out.isfinite().all()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+def test_what_is_compared_is_compared() -> None:
+    """The comparison itself: another seed, another dtype's error, and one wrong key are all noticed."""
+    arguments = case("blockwise", "st", "causal", 0.7, torch.float32)
+    check("blockwise", arguments)
+    with pytest.raises(AssertionError):
+        _check_against("blockwise", arguments, arguments | {"seed": 6})
+    arguments = case("blockwise", "soft", "causal", 0.7, torch.float32)
+    with pytest.raises(AssertionError):
+        _check_against("blockwise", arguments, moved(moved(arguments, torch.bfloat16), torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("hard", [False, True])
-def test_low_precision_errs_no_more_than_the_reference(dtype: torch.dtype, hard: bool) -> None:
-    """At most twice the reference's error in the same dtype against float64, over rows whose choice agrees."""
-    q, k, v = (torch.randn(2, 4, 64, 16, dtype=dtype) for _ in range(3))
-    exact = ga.gumbel_attention_with_info(q.double(), k.double(), v.double(), hard=hard, seed=1)
-    ours = ga.gumbel_attention(q, k, v, hard=hard, seed=1, impl="blockwise").double()
-    same = ga.gumbel_attention_with_info(q, k, v, hard=hard, seed=1)
-    rows = torch.ones(2, 4, 64, dtype=torch.bool) if not hard else same.indices == exact.indices
-    assert rows.float().mean() >= 0.999
-    error, bound = ((x - exact.output)[rows].abs().max() for x in (ours, same.output.double()))
-    assert error <= 2 * bound
+def _check_against(name: str, arguments: Arguments, instead: Arguments) -> None:
+    """``check`` where the implementation is given other arguments than the reference."""
+    import conformance
+
+    honest = conformance.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            conformance,
+            "attend",
+            lambda which, given: honest(which, given if which == "reference" else _with_leaves(given, instead)),
+        )
+        check(name, arguments)
 
 
-@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
-def test_blockwise_under_checkpoint_and_compile() -> None:
-    x = torch.randn(1, 2, 20, 4, requires_grad=True)
+def _with_leaves(given: Arguments, instead: Arguments) -> Arguments:
+    """``given`` with the numbers of ``instead``; gradients still reach the tensors of ``given``."""
 
-    def loss(x: Tensor) -> Tensor:
-        return ga.gumbel_attention(x, x, x, hard=True, tau=0.5, impl="blockwise").square().sum()
+    def swap(name: str, x: object) -> object:
+        other = instead[name]
+        if not isinstance(x, Tensor) or not isinstance(other, Tensor) or x.shape != other.shape:
+            return x if isinstance(x, Tensor) else other
+        return x + (other.detach() - x.detach()) if x.is_floating_point() else other
 
-    results = []
-    for f in (
-        loss,
-        lambda x: torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False),
-        torch.compile(loss, backend="aot_eager", fullgraph=True),
-    ):
-        torch.manual_seed(3)
-        results.append(torch.autograd.grad(f(x), x)[0])
-    torch.testing.assert_close(results[1], results[0])
-    torch.testing.assert_close(results[2], results[0])
+    return {name: swap(name, x) for name, x in given.items()}
 
 
-def test_no_tensor_of_all_scores_is_made() -> None:
-    """Peak of live tensor memory under a causal mask: far below one (Lq, Lk) tensor of the scores' dtype."""
-    n = 4096
-    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
-    with Watch():
-        ga.gumbel_attention(q, k, v, is_causal=True, impl="blockwise").sum().backward()
-    assert 0 < largest <= 2**20 < n * n
-
-
-def test_weights_are_refused() -> None:
-    q = torch.randn(1, 1, 3, 4)
-    with pytest.raises(ValueError, match=r"it holds no weights.*reference"):
-        ga.gumbel_attention_with_info(q, q, q, impl="blockwise")
-    x = q.clone().requires_grad_()
-    total = ga.gumbel_attention(x, x, x, impl="blockwise").sum()
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(total, x, create_graph=True)
+def test_on_a_gpu_nothing_is_thinned_out() -> None:
+    assert thinned("triton") != CUDA
+    assert not any(thinned(name) for name in NAMES if name != "triton")

@@ -151,7 +151,8 @@ def _block(problem: AttentionProblem, key: Tensor, rows: slice) -> Block:
         scores, slope = problem.softcap * capped, 1.0 - capped.square()
     visible = problem.visible(rows)
     if problem.bias is not None:
-        scores = scores + (problem.bias[..., rows, :] if problem.bias.shape[-2] > 1 else problem.bias)
+        bias = problem.bias[..., rows, :] if problem.bias.shape[-2] > 1 else problem.bias
+        scores = scores + bias.to(dtype)
     if problem.sinks is not None:
         column = problem.sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         if visible is not None:
