@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..problem import AttentionProblem
-from . import build, ops
+from . import ops
 
 __all__ = ["attention", "available", "unsupported"]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without types
 def available() -> str | None:
     """Why the kernels cannot be used on this machine; ``None`` if they can. Compiles them at the first call."""
-    reason = build.load()
-    if reason is None:
-        ops.register()
-    return reason
+    if torch.compiler.is_compiling():
+        from . import build_constants
+
+        return build_constants.unavailable()  # type: ignore[no-any-return]  # torch leaves its decorator without types
+    return ops.unavailable()
 
 
 def unsupported(problem: AttentionProblem) -> str | None:

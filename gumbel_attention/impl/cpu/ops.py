@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from ..problem import AttentionProblem
+from . import build
 
 INPUTS = 18
 """Arguments of cpu_forward."""
+
+
+def unavailable() -> str | None:
+    """Why the operators cannot be used on this machine; ``None`` if they can. Compiles them at the first call."""
+    reason = build.load()
+    if reason is None:
+        register()
+    return reason
 
 
 def attention(problem: AttentionProblem, block: int) -> Tensor:
