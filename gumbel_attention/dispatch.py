@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .impl import blockwise, reference, sdpa
@@ -50,7 +51,7 @@ def _nothing(problem: AttentionProblem) -> None:
 def _triton_unsupported(problem: AttentionProblem) -> str | None:
     from .impl import triton
 
-    return triton.available() or triton.unsupported(problem)
+    return triton.unsupported(problem)
 
 
 def _triton_attention(problem: AttentionProblem) -> Tensor:
@@ -109,6 +110,32 @@ def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bo
         rejected[name] = reason
     alternative = "impl='reference' or gumbel_attention, which returns the output only" if need_weights else "'auto'"
     raise ValueError(f"impl={impl!r} cannot compute this call: {rejected[impl]}. Use {alternative}.")
+
+
+def compute(problem: AttentionProblem, impl: str) -> Tensor:
+    """The output by an implementation that :func:`choose_implementation` gave.
+
+    Raises:
+        RuntimeError: as the implementation does; where memory ran out, with a note that says what needs less.
+    """
+    if torch.compiler.is_compiling():
+        return IMPLEMENTATIONS[impl].attention(problem)
+    try:
+        return IMPLEMENTATIONS[impl].attention(problem)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error.add_note(f"gumbel_attention: memory ran out in impl={impl!r}; {_NEEDS_LESS[impl]}")
+        raise
+
+
+_LINEAR = "its memory is linear in the lengths: take fewer examples or heads at a time."
+_NEEDS_LESS = {
+    "reference": "it keeps all scores. impl='blockwise' does not, nor do the compiled kernels.",
+    "sdpa": "with dropout or a mask torch's own attention may keep all scores. impl='blockwise' does not.",
+    "blockwise": _LINEAR,
+    "cpu": _LINEAR,
+    "triton": _LINEAR,
+}
 
 
 def _passed_over(name: str, problem: AttentionProblem) -> str | None:

@@ -15,7 +15,7 @@ from . import checks
 from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part
 from .checks import Number
 from .config import check_choice
-from .dispatch import IMPLEMENTATIONS, Explanation, choose_implementation
+from .dispatch import Explanation, choose_implementation, compute
 from .impl import reference
 from .impl.problem import AttentionInfo, compute_dtype
 from .noise import Coordinates, draw_seed
@@ -130,7 +130,7 @@ def gumbel_attention(
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
     name = choose_implementation(problem, settings.get("impl", "auto")).impl
     with torch.autocast(query.device.type, enabled=False):
-        output = IMPLEMENTATIONS[name].attention(problem)
+        output = compute(problem, name)
     return output.reshape(*query.shape[:-1], output.shape[-1])
 
 

@@ -86,3 +86,24 @@ def test_every_choice_gives_the_same_softmax(impl: str) -> None:
         pytest.skip(f"no CPU kernels: {cpu.available()}")
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(ga.gumbel_attention(q, k, v, noise="none", impl=impl), want)
+
+
+def test_out_of_memory_names_what_needs_less_and_leaves_the_process_usable() -> None:
+    long = torch.zeros(1, 1, 2**20, 1)
+    with pytest.raises(RuntimeError, match="allocate") as raised:
+        ga.gumbel_attention(long, long, long, impl="reference")
+    assert "impl='blockwise'" in raised.value.__notes__[0]
+    short = torch.randn(1, 1, 4, 2)
+    assert ga.gumbel_attention(short, short, short, impl="reference").isfinite().all()
+
+
+def test_other_errors_get_no_such_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: object) -> None:
+        raise RuntimeError("broken")
+
+    broken_one = ga.dispatch.IMPLEMENTATIONS["reference"]._replace(attention=broken)
+    monkeypatch.setitem(ga.dispatch.IMPLEMENTATIONS, "reference", broken_one)
+    q = torch.zeros(1, 1, 4, 2)
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        ga.gumbel_attention(q, q, q, impl="reference")
+    assert not getattr(raised.value, "__notes__", [])
