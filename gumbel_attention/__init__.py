@@ -16,29 +16,58 @@ from .schedules import temperature_schedule
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .integrations.transformers import ModelPatch, patch_model
+    from .integrations.transformers import (
+        GumbelAttentionCallback,
+        ModelPatch,
+        SampledPredictions,
+        from_pretrained,
+        load_patch,
+        patch_model,
+        patch_of,
+        sample_predictions,
+        save_patch,
+    )
 
 __all__ = [
     "AttentionInfo",
     "Explanation",
+    "GumbelAttentionCallback",
     "GumbelAttentionConfig",
     "GumbelMultiheadAttention",
     "GumbelSetAttention",
     "ModelPatch",
+    "SampledPredictions",
     "SetAttentionOutput",
     "__version__",
     "explain",
+    "from_pretrained",
     "gumbel_attention",
     "gumbel_attention_with_info",
     "gumbel_softmax",
+    "load_patch",
     "patch_model",
+    "patch_of",
+    "sample_predictions",
+    "save_patch",
     "temperature_schedule",
 ]
+
+_NEED_TRANSFORMERS = (
+    "GumbelAttentionCallback",
+    "ModelPatch",
+    "SampledPredictions",
+    "from_pretrained",
+    "load_patch",
+    "patch_model",
+    "patch_of",
+    "sample_predictions",
+    "save_patch",
+)
 
 
 def __getattr__(name: str) -> Any:
     """Imports transformers only when a name that needs it is asked for."""
-    if name in ("ModelPatch", "patch_model"):
+    if name in _NEED_TRANSFORMERS:
         from .integrations import transformers
 
         return getattr(transformers, name)

@@ -118,7 +118,7 @@ def make_choice(
     noise: str,
     noise_scale: Number,
     where: Coordinates | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> Choice:
     """The choice with tau and noise_scale in ``dtype`` and shapes that broadcast; noise that adds nothing left out."""
 

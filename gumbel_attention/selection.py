@@ -15,11 +15,15 @@ PARTS = ("encoder", "decoder", "cross")
 
 @dataclasses.dataclass(frozen=True)
 class PatchedLayer:
-    """An attention layer of a model: its module's name and class, and the way Gumbel attention gets in."""
+    """An attention layer of a model: its module's name and class, the way Gumbel attention gets in, and what to know.
+
+    ``way`` is "registry", "rewrite" or "both"; ``note`` says where a row of its weights is not one row of attention.
+    """
 
     name: str
     module_class: str
     way: str
+    note: str | None = None
 
     @property
     def index(self) -> int | None:
@@ -44,7 +48,7 @@ class PatchedLayer:
         return part in self.name.split(".")
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.module_class}, by {self.way})"
+        return f"{self.name} ({self.module_class}, by {self.way}{f'; {self.note}' if self.note else ''})"
 
 
 def select(layers: Sequence[PatchedLayer], wanted: Sequence[int | str] | None) -> list[PatchedLayer]:

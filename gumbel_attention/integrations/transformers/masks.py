@@ -18,7 +18,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ..inspection import computes_own_softmax, dispatches
+from ..inspection import way_in, why_not
 
 NAME = "gumbel_attention"
 """Ours in transformers' registries of attention functions and of mask functions."""
@@ -97,14 +97,20 @@ def mask_builders(model: nn.Module, reached: Collection[nn.Module]) -> list[nn.M
         if isinstance(builder, PreTrainedModel)
         and builder.config._attn_implementation == "sdpa"
         and _builds_masks(type(builder))
-        and not any(_CALCULATES.search(_source(cls)) for cls in {type(module) for module in builder.modules()})
-        and all(module in reached for module in builder.modules() if _attends(builder, module))
+        and not any(_calculates(cls) for cls in {type(module) for module in builder.modules()})
+        and all(module in reached for module in builder.modules() if _attends(module))
     ]
 
 
-def _attends(builder: nn.Module, module: nn.Module) -> bool:
-    cls = type(module)
-    return module is not builder and (dispatches(cls) or computes_own_softmax(cls))
+def _attends(module: nn.Module) -> bool:
+    if isinstance(module, PreTrainedModel):
+        return False
+    return way_in(type(module)) is not None or why_not(type(module)) is not None
+
+
+def _calculates(cls: type[nn.Module]) -> bool:
+    """Whether modules of this class calculate with masks; of those reached by both ways it is what we replace."""
+    return way_in(cls) != "both" and bool(_CALCULATES.search(_source(cls)))
 
 
 def _builds_masks(cls: type[nn.Module]) -> bool:

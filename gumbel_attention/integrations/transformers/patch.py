@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...selection import PatchedLayer
 from ..patched_state import CHILD, PatchedState
+from ..rewriting import notes
 from .model_views import refresh_views
 
 
@@ -140,7 +141,9 @@ def patched_modules(model: nn.Module) -> list[PatchedModule]:
     for name, module in model.named_modules():
         state = getattr(module, CHILD, None)
         if isinstance(state, PatchedState):
-            found.append(PatchedModule(PatchedLayer(name, type(module).__name__, state.way), module, state))
+            found.append(
+                PatchedModule(PatchedLayer(name, type(module).__name__, state.way, notes(type(module))), module, state)
+            )
     return found
 
 

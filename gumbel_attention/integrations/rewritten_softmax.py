@@ -1,0 +1,160 @@
+"""The child module that rewritten attention asks for its softmax."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import draws, make_choice, takes_part
+from ..attend import attend
+from ..config import GumbelAttentionConfig
+from ..impl import reference
+from ..impl.problem import compute_dtype
+from ..noise import Coordinates, draw_seed
+from .patched_state import PatchedState
+from .rewriting import original, rewritten
+
+IMPLS = ("auto", "reference")
+_HEADS_NOT_IN_PLACE = re.compile(r"Longformer\w*Attention|LEDEncoderSelfAttention")
+
+
+class SoftmaxState(PatchedState):
+    """The state of a module whose methods are rewritten, and what they call.
+
+    Args:
+        config: the settings.
+        num_heads: query heads of the module.
+        module: the module it is for.
+
+    Raises:
+        ValueError: the module has no softmax to replace, or a setting that needs what a softmax alone cannot give.
+    """
+
+    way = "rewrite"
+
+    def __init__(self, config: GumbelAttentionConfig, num_heads: int, module: nn.Module) -> None:
+        super().__init__(config, num_heads, module)
+        name = type(module).__name__
+        if config.impl not in IMPLS and self.way == "rewrite":
+            raise ValueError(
+                f"impl={config.impl!r} computes whole attention, but {name} computes its scores itself; expected one "
+                f"of {IMPLS}."
+            )
+        if self._per_head and _HEADS_NOT_IN_PLACE.fullmatch(name):
+            raise ValueError(
+                f"heads= and learn_tau='head' need scores of shape (B, H, Q, K) or (B*H, Q, K); those of {name} are "
+                "laid out by windows."
+            )
+        rewritten(type(module))  # raises here, before anything changes
+
+    @property
+    def _per_head(self) -> bool:
+        return self.config.heads is not None or self.config.learn_tau == "head"
+
+    def enter(self, module: nn.Module) -> None:
+        """Becomes a child of the module, and exchanges its methods for those that ask this child."""
+        super().enter(module)
+        _exchange_class(module, rewritten(type(module)))
+
+    def leave(self, module: nn.Module) -> None:
+        """Puts the module's own methods back."""
+        _exchange_class(module, original(type(module)))
+        super().leave(module)
+
+    def softmax(self, scores: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """What the module uses as the softmax of its scores.
+
+        With tau 1, without noise and not hard it is torch's, but for rows that are masked wholly, which are 0.
+
+        Args:
+            scores: of at least two dimensions; entries <= finfo.min / 2 of their dtype are masked.
+            dim: the dimension of the keys.
+            dtype: as torch.softmax takes it.
+
+        Returns:
+            The shape of the scores, in the dtype that torch.softmax gives.
+
+        Raises:
+            ValueError: ``dim`` is missing, or heads are told apart and the scores do not show them.
+        """
+        self.note_run()
+        if dim is None or scores.ndim < 2:
+            raise ValueError(f"expected scores of two or more dimensions and a dim, got {tuple(scores.shape)}, {dim}.")
+        visible = takes_part(scores)
+        rows = (scores if dtype is None else scores.to(dtype)).movedim(dim, -1)
+        exact = rows.to(compute_dtype(rows.dtype))
+        shape = (1, math.prod(rows.shape[:-2]), *rows.shape[-2:])
+        weights = self._weights(exact.reshape(shape), visible.movedim(dim, -1).reshape(shape), rows)
+        return weights.reshape(rows.shape).movedim(-1, dim).to(_softmax_dtype(scores, dtype))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """What the module uses as scaled_dot_product_attention, with the same arguments."""
+        self.note_run()
+        inputs = (query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return attend(self, self.training, *inputs, need_weights=False).output
+
+    def _weights(self, scores: Tensor, visible: Tensor, rows: Tensor) -> Tensor:
+        """Weights (1, N, Q, K) of scores in that shape; ``rows`` is the shape they came in."""
+        settings = self.arguments(self.training)
+        tau, noise, scale = settings["tau"], settings["noise"], settings["noise_scale"]
+        repeats = self._repeats(rows) if self._per_head else 1
+        if self.config.learn_tau == "head":
+            tau = tau.repeat(repeats)
+        where = None
+        if draws(noise, scale):
+            where = Coordinates(draw_seed(device=scores.device), *scores.shape)
+        chosen = reference.choose(
+            scores, visible, make_choice(tau, settings["hard"], noise, scale, where, scores.dtype)
+        )
+        weights = chosen.relaxed
+        if chosen.one_hot is not None:
+            weights = reference.straight_through(chosen.one_hot, weights)
+        if self.config.heads is None:
+            return weights
+        picked = {head % self.num_heads for head in self.config.heads}
+        selected = torch.tensor([h in picked for h in range(self.num_heads)], device=scores.device).repeat(repeats)
+        return torch.where(selected[:, None, None], weights, reference.masked_softmax(scores, visible))
+
+    def _repeats(self, rows: Tensor) -> int:
+        """How often the heads come one after the other in the flattened rows."""
+        if rows.ndim == 4 and rows.shape[1] == self.num_heads:
+            return rows.shape[0]
+        if rows.ndim == 3 and rows.shape[0] % self.num_heads == 0:
+            return rows.shape[0] // self.num_heads
+        raise ValueError(
+            f"heads= and learn_tau='head' need scores of shape (B, {self.num_heads}, Q, K) or (B*{self.num_heads}, Q, "
+            f"K) with the keys last, got {tuple(rows.shape)}; leave this layer out or treat its heads alike."
+        )
+
+
+def _exchange_class(module: nn.Module, cls: Any) -> None:
+    """Assigns ``__class__``, and binds again the methods that hooks such as Accelerate's keep on the instance."""
+    before = type(module)
+    module.__class__ = cls
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            function = getattr(cls, value.__name__, None)
+            if value.__func__ is getattr(before, value.__name__, None) and isinstance(function, types.FunctionType):
+                vars(module)[name] = types.MethodType(function, module)
+
+
+def _softmax_dtype(scores: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of torch.softmax(scores, dtype=dtype), which autocast may raise to float32."""
+    if dtype is not None or not torch.is_autocast_enabled(scores.device.type):
+        return dtype or scores.dtype
+    return torch.softmax(scores.new_zeros(1), dim=0).dtype

@@ -1,0 +1,140 @@
+"""What is saved of a patched model beside its weights: how it is written, and how it is read again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...config import GumbelAttentionConfig, check_positive
+from ...version import __version__
+from ..patched_state import CHILD, PatchedState
+
+KEY = "gumbel_attention"
+"""The entry of a saved ``config.json``."""
+FORMAT_VERSION = 1
+RESTORE = "gumbel_attention.from_pretrained"
+_ENTRY = ("format_version", "library_version", "restore", "groups")
+_GROUP = ("config", "tau", "layers")
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """The settings in force in a model, as plain values that JSON can hold.
+
+    Returns:
+        The versions of the format and of the library, what restores them, and ``groups`` of layers that share their
+        settings and their current temperature: the names of their modules in ``model``, the settings, and ``tau``,
+        which is ``None`` where it is learned and lies among the weights.
+    """
+    groups: dict[tuple[GumbelAttentionConfig, float | None], list[str]] = {}
+    for name, module in model.named_modules():
+        state = getattr(module, CHILD, None)
+        if isinstance(state, PatchedState):
+            groups.setdefault((state.config, _scheduled_tau(state)), []).append(name)
+    return {
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "restore": RESTORE,
+        "groups": [
+            {"config": config.to_dict(), "tau": tau, "layers": layers} for (config, tau), layers in groups.items()
+        ],
+    }
+
+
+def config_entry(model: nn.Module) -> dict[str, Any]:
+    """What the ``config.json`` of a patched model says beyond the model's own settings."""
+    return {KEY: settings_of(model)}
+
+
+def is_entry(value: object) -> bool:
+    """Whether a value under our key is one that this library wrote, in whatever version."""
+    return isinstance(value, Mapping) and "format_version" in value
+
+
+def _scheduled_tau(state: PatchedState) -> float | None:
+    if state.log_tau is not None:
+        return None
+    return state.config.tau if state.tau.is_meta else state.tau.item()
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedLayer:
+    """One layer as it was saved: its module's name, its settings, and its temperature where that is not learned."""
+
+    name: str
+    config: GumbelAttentionConfig
+    tau: float | None
+
+
+def read_settings(entry: Mapping[str, Any], where: str) -> list[SavedLayer]:
+    """The inverse of :func:`settings_of`.
+
+    Args:
+        entry: what was saved.
+        where: what the error messages name as its place.
+
+    Raises:
+        ValueError: written in a newer format, or keys that this version does not know; or not what was written.
+    """
+    version, writer = entry.get("format_version"), entry.get("library_version", "unknown")
+    try:
+        unknown = sorted(_unknown_keys(entry))
+        readable = version == FORMAT_VERSION and not unknown
+        layers = [layer for group in entry["groups"] for layer in _read_group(group)] if readable else []
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} holds Gumbel attention settings, written by gumbel_attention {writer}, that gumbel_attention "
+            f"{__version__} cannot use: {error!r}"
+        ) from error
+    if not readable:
+        raise ValueError(
+            f"{where} holds Gumbel attention settings of format {version!r}, written by gumbel_attention {writer}; "
+            f"gumbel_attention {__version__} reads format {FORMAT_VERSION}. Keys it does not know: "
+            f"{unknown or 'none'}. Use the library version that wrote them, or a newer one."
+        )
+    if not layers:
+        raise ValueError(f"{where} holds Gumbel attention settings that name no layer.")
+    return layers
+
+
+def _unknown_keys(entry: Mapping[str, Any]) -> set[str]:
+    known = GumbelAttentionConfig().to_dict()
+    unknown = set(entry) - set(_ENTRY)
+    for group in entry.get("groups", []):
+        unknown |= set(group) - set(_GROUP)
+        unknown |= set(group.get("config", {})) - set(known)
+    return unknown
+
+
+def _read_group(group: Mapping[str, Any]) -> list[SavedLayer]:
+    config = GumbelAttentionConfig.from_dict(group["config"])
+    tau = group["tau"]
+    if config.learn_tau is None:
+        check_positive("tau", tau)
+    return [SavedLayer(name, config, tau) for name in group["layers"]]
+
+
+def match_names(saved: Sequence[str], present: Sequence[str], where: str) -> dict[str, str]:
+    """Which of the present names each saved one means: itself, or the one that differs by a prefix.
+
+    A prefix is what a model with a head and its base model differ by.
+
+    Raises:
+        ValueError: a saved name means none or several of those present, or two mean the same.
+    """
+    matches: dict[str, str] = {}
+    for name in saved:
+        found = [name] if name in present else [other for other in present if _differ_by_prefix(name, other)]
+        if len(found) != 1 or found[0] in matches.values():
+            raise ValueError(
+                f"{where} names {name!r}, which matches {found or 'nothing'} here (and one each is needed); there are "
+                f"{list(present)}. Load it with the model class that was saved."
+            )
+        matches[name] = found[0]
+    return matches
+
+
+def _differ_by_prefix(one: str, other: str) -> bool:
+    return one.endswith(f".{other}") or other.endswith(f".{one}")
