@@ -4,13 +4,16 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-triton check format clean
+.PHONY: help install quickstart test test-fast test-triton test-models test-lowest benchmark check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
 	@echo "make test        the whole test suite"
 	@echo "make test-fast   without the tests that take more than ten seconds"
 	@echo "make test-triton the GPU kernels by Triton's interpreter, and compiled for sm_80 and sm_90; needs no GPU"
+	@echo "make test-models every text architecture of the installed transformers, built tiny, patched and compared"
+	@echo "make test-lowest the patches on the lowest supported release of transformers"
+	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
 
@@ -35,7 +38,21 @@ test-fast: $(STAMP)
 test-triton: $(STAMP)
 	test -d $(VENV)/triton || $(RUN) -m pip install --quiet --disable-pip-version-check --target $(VENV)/triton \
 		triton==3.6.0 "numpy<2.4"
-	PYTHONPATH=$(VENV)/triton $(RUN) -m pytest tests/test_triton_kernels.py tests/test_triton_compiled.py
+	PYTHONPATH=$(VENV)/triton $(RUN) -m pytest tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_triton_compiled.py
+
+test-models: $(STAMP)
+	$(RUN) -m pytest tests/architectures --all-architectures
+
+# The release that pyproject.toml names as the lowest, with what it needs that the environment has in other versions.
+test-lowest: $(STAMP)
+	test -d $(VENV)/lowest || ($(RUN) -m pip install --quiet --disable-pip-version-check --target $(VENV)/lowest \
+		"huggingface_hub<2" && $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/lowest transformers==5.17.0)
+	PYTHONPATH=$(VENV)/lowest $(RUN) -m pytest tests/test_patch_*.py tests/test_rewri*.py tests/test_saving.py \
+		tests/test_trainer.py
+
+benchmark: $(STAMP)
+	$(RUN) training/benchmark.py --preset $$($(RUN) -c "import torch; print('h100' if torch.cuda.is_available() else 'cpu')")
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -13,11 +13,11 @@ from .config import NOISES, GumbelAttentionConfig, check_positive, choose
 
 
 class AttentionState(nn.Module):
-    """Settings and temperature of one layer, a submodule of it.
+    """Settings, temperature and noise scale of one layer, a submodule of it.
 
-    A scheduled temperature is a buffer outside the state_dict. A learned one is the parameter ``log_tau`` of shape
-    (1,) or (num_heads,), so that tau = exp(log_tau) is positive by construction. Both stay float32 whatever
-    dtype the model is cast to.
+    A scheduled temperature and the noise scale are buffers outside the state_dict. A learned temperature is the
+    parameter ``log_tau`` of shape (1,) or (num_heads,), so that tau = exp(log_tau) is positive by construction. They
+    stay float32 whatever dtype the model is cast to.
 
     Args:
         config: the settings.
@@ -38,13 +38,13 @@ class AttentionState(nn.Module):
         self.config = config
         self.num_heads = num_heads
         self.noise_override: bool | str | None = None
+        self._noise_scale: Tensor
+        self.register_buffer("_noise_scale", _number(config.noise_scale, device), persistent=False)
         self.log_tau: nn.Parameter | None
         self._tau: Tensor
         if config.learn_tau is None:
             self.register_parameter("log_tau", None)
-            self.register_buffer(
-                "_tau", torch.tensor(config.tau, dtype=torch.float32, device=device), persistent=False
-            )
+            self.register_buffer("_tau", _number(config.tau, device), persistent=False)
         else:
             size = num_heads if config.learn_tau == "head" else 1
             start = torch.full((size,), math.log(config.tau), dtype=torch.float32, device=device)
@@ -70,6 +70,27 @@ class AttentionState(nn.Module):
         """
         self.check_tau(tau)
         self._tau.fill_(tau)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """What multiplies the noise: float32 of shape ()."""
+        return self._noise_scale
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Sets what multiplies the noise, in place.
+
+        Raises:
+            TypeError, ValueError: ``noise_scale`` is not a finite number >= 0.
+            RuntimeError: the layer's settings say 0: no noise is drawn then.
+        """
+        self.check_noise_scale(noise_scale)
+        self._noise_scale.fill_(noise_scale)
+
+    def check_noise_scale(self, noise_scale: float) -> None:
+        """Raises what :meth:`set_noise_scale` would, and changes nothing."""
+        check_positive("noise_scale", noise_scale, zero_allowed=True)
+        if self.config.noise_scale == 0.0 and noise_scale != 0.0:
+            raise RuntimeError("the layer's settings have noise_scale=0, without noise; make them with one above 0.")
 
     def check_override(self, on: bool | str | None) -> None:
         """Raises TypeError or ValueError unless ``on`` is a noise switch that this layer can follow."""
@@ -99,7 +120,7 @@ class AttentionState(nn.Module):
             "tau": self.tau,
             "hard": hard,
             "noise": self.noise(training),
-            "noise_scale": self.config.noise_scale,
+            "noise_scale": self._noise_scale if self.config.noise_scale > 0.0 else 0.0,
             "estimator": self.config.estimator if hard else None,
             "impl": self.config.impl,
         }
@@ -118,8 +139,9 @@ class AttentionState(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Sets the temperature back to the initial one, as meta tensors that get memory need."""
+        """Sets temperature and noise scale back to the initial ones, as meta tensors that get memory need."""
         with torch.no_grad():
+            self._noise_scale.fill_(self.config.noise_scale)
             if self.log_tau is None:
                 self._tau.fill_(self.config.tau)
             else:
@@ -131,3 +153,7 @@ class AttentionState(nn.Module):
         return ", ".join(
             f"{name}={value!r}" for name, value in self.config.to_dict().items() if value != default[name]
         )
+
+
+def _number(value: float, device: torch.device | str | None) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)

@@ -15,7 +15,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import gumbel_attention as ga
-from models import CONFIGS, HARD, PLAIN, VOCAB, build, inputs, logits, real, trained
+from models import CONFIGS, HARD, PLAIN, TOKENS, VOCAB, build, inputs, logits, real, trained
 
 Config = ga.GumbelAttentionConfig
 ST = Config(hard=True)
@@ -87,6 +87,44 @@ def test_lora_trains_a_patched_model_and_merges(patch_first: bool) -> None:
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, batch), want, rtol=1e-4, atol=1e-4)
     assert any(name.endswith(".gumbel") for name, _ in merged.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_peft_saves_and_restores_learned_temperatures_as_modules_to_save(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def patched() -> Any:
+        if name == "llama":
+            model = trained("llama", "sdpa")
+        else:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+            model = hf.BloomForCausalLM(hf.BloomConfig(**sizes, **TOKENS)).train()
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        ga.patch_model(model, Config(noise="none", tau=0.7, learn_tau="head"))
+        return model
+
+    targets = ["q_proj"] if name == "llama" else ["query_key_value"]
+    lora = peft.LoraConfig(target_modules=targets, r=2, modules_to_save=["gumbel"])
+    model = peft.get_peft_model(patched(), lora)
+    batch = inputs(model, "right")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).logits.float().square().mean().backward()
+        optimizer.step()
+    taus = ga.patch_of(model).tau
+    assert all((tau != 0.7).any() for tau in taus)
+    want = logits(model.eval(), batch)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(patched(), tmp_path).eval()
+    assert all(torch.equal(one, other) for one, other in zip(ga.patch_of(again).tau, taus, strict=True))
+    assert torch.equal(logits(again, batch), want)
+    with model.disable_adapter():
+        assert all(torch.allclose(tau, torch.tensor(0.7)) for tau in ga.patch_of(model).tau)
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learn_tau", [None, "head"])

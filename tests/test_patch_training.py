@@ -234,6 +234,7 @@ def test_a_pickled_model_is_patched_and_has_the_temperature_it_had(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:this configuration was saved by a model with Gumbel attention")
 @pytest.mark.parametrize("learn_tau", [None, "head"])
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_a_saved_patched_model_reloads_as_a_plain_one(name, learn_tau, tmp_path):
@@ -255,3 +256,30 @@ def test_a_schedule_moves_the_layers_that_do_not_learn_their_temperature():
         with patch.set_tau(0.25):
             assert [tau.item() for tau in patch.tau] == [1.0, 0.25]
         assert [tau.item() for tau in patch.tau] == [1.0, 1.0]
+
+
+def test_the_noise_scale_is_state_that_moves_without_recompiling_anything_else():
+    model = trained("bert")
+    patch = ga.patch_model(model, SOFT)
+    batch = inputs(model, "right")
+
+    def output():
+        torch.manual_seed(0)
+        return model(**batch).logits
+
+    loud = output()
+    with patch.set_noise_scale(0.5):
+        assert not torch.allclose(output(), loud)
+        assert ga.patch_of(model).layers
+    assert torch.equal(output(), loud)
+    with patch.set_noise_scale(0.0):
+        silent = output()
+    with patch.noise(False):
+        torch.testing.assert_close(silent, output(), rtol=1e-5, atol=1e-5)
+    for bad, error in ((-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="noise_scale"):
+            patch.set_noise_scale(bad)
+    patch.remove()
+    without = ga.patch_model(model, ga.GumbelAttentionConfig(noise_scale=0.0))
+    with pytest.raises(RuntimeError, match="noise_scale=0"):
+        without.set_noise_scale(1.0)

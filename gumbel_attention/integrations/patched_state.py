@@ -52,11 +52,22 @@ class PatchedState(AttentionState):
             self.ran = True
 
 
+def state_of(module: nn.Module) -> PatchedState | None:
+    """The state of a patched module: its child, or the active copy of it where PEFT keeps copies (modules_to_save)."""
+    child: Any = getattr(module, CHILD, None)
+    copies = getattr(child, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        name = next(iter(child.active_adapters), "")
+        child = child.original_module if child.disable_adapters or name not in copies else copies[name]
+    return child if isinstance(child, PatchedState) else None
+
+
 def _check_ran(module: nn.Module, args: object, output: object) -> None:
     """A forward hook for the first call of a patched module: raises if it attended without us."""
     if torch.compiler.is_compiling():
         return
-    if not getattr(module, CHILD).ran:
+    state = state_of(module)
+    if state is not None and not state.ran:
         raise RuntimeError(
             f"{type(module).__name__} is patched, but its forward pass did not come to Gumbel attention: it computes "
             "its attention elsewhere for these arguments. Remove the patch, or leave this layer out of it."

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("kernels.cpp", "problem.h", "tile.h", "sweeps.h", "philox.h", "vector.h")
+SOURCES = ("kernels.cpp", "problem.h", "tile.h", "sweeps.h", "philox.h", "vector.h", "turns.h")
 FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wno-psabi", "-fvisibility=hidden",

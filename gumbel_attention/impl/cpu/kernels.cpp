@@ -1,19 +1,21 @@
 // Gumbel attention on the CPU, float32: forward, backward, and the noise by itself.
 //
 // One task is a block of queries of one head, all of its keys in blocks that stay in the cache; matrix products are
-// BLAS's. Tasks, and the order of sums within them, depend on the shapes alone, never on the number of threads.
+// BLAS's. Tasks, and the order of sums within and between them, depend on the shapes alone, never on the number of
+// threads; and but for a workspace of fixed size for each thread, no pass takes memory beside its results.
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "problem.h"
+#include "turns.h"
 
 namespace gumbel {
 namespace {
 
 constexpr int64_t kKeys = 512;        // keys of a block
-constexpr int64_t kTasks = 4;         // tasks that a backward pass is cut into, if there are fewer heads
-constexpr int64_t kScores = 1 << 17;  // scores of a block of whole rows, which a hard choice's backward pass holds
+constexpr int64_t kScores = 1 << 18;  // that one thread keeps of a block in a hard choice's backward pass
+constexpr int64_t kFewRows = 32;      // with fewer in a block, products are slower than to draw scores again
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem& p) {
   const Field& f = p.field;
@@ -29,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem& p) {
   const int64_t blocks = f.blocks(), group = f.heads / f.kv_heads;
 
   at::parallel_for(0, f.batch * f.heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    Workspace w(f.block, std::min(kKeys, f.k_len + f.k_shift), false);
+    const int64_t tile = std::min(kKeys, f.k_len + f.k_shift);
+    Workspace w(f.block, tile, tile, false);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t bh = task / blocks, b = bh / f.heads, h = bh % f.heads;
       const Head head = p.head(b, h);
@@ -119,105 +122,142 @@ void add_parameters(const Problem& p, const Block& block, const Row* rows, doubl
   }
 }
 
-// One block of queries: dQ of its rows, and what it adds to dK and dV, (Lk, D) and (Lk, Dv).
-void backward_block(const Problem& p, const Saved& s, const Head& head, const Block& block, Workspace& w, float* dq,
-                    float* dk, float* dv) {
+// Where a block of queries puts its gradients: dQ of its rows, (rows, D); dK (Lk, D) and dV (Lk, Dv) of its head, to
+// which it adds when its turn has come, a tile of keys at a time.
+struct Sums {
+  float *dq, *dk, *dv;
+  Turns& turns;
+  int64_t first, n;  // the head's first turn, and the block's place in each of them
+
+  template <typename F>
+  void in_turn(int64_t tile, F&& add) const {
+    turns.take(first + tile, n, add);
+  }
+};
+
+// Hard: what a block adds to dV, rows of dO. All its rows at once, so it has a turn of its own.
+void scatter(const Problem& p, const Saved& s, const Head& head, const Block& block, float* dv) {
   const Field& f = p.field;
-  const Matrix query(p.query), key(p.key), value(p.value), grad(s.grad);
-  const int64_t kv = block.h / (f.heads / f.kv_heads), rows = block.rows(), first = block.first * w.stride;
-  const float *q = query.at(block.b, block.h, block.q()), *g = grad.at(block.b, block.h, block.q());
-  recall(p, s, head, block, w.rows);
-  auto products = [&](int64_t j0, int64_t n, int64_t column, bool more) {
-    const float* d = w.d + first + column;
-    multiply(false, false, rows, f.dim, n, d, w.stride, key.at(block.b, kv, j0), key.row, more ? 1.0f : 0.0f, dq,
-             f.dim);
-    multiply(true, false, n, f.dim, rows, d, w.stride, q, query.row, 1.0f, dk + j0 * f.dim, f.dim);
-  };
-  for (int64_t c = 0; c < block.keys + f.k_shift; c += kKeys) {
-    const Columns columns(f, block, c, kKeys);
-    const int64_t n = columns.count(), at = p.hard ? c : 0, offset = at + columns.offset(f);
-    multiply(false, true, rows, n, f.dim, q, query.row, key.at(block.b, kv, columns.j0), key.row, 0.0f,
-             w.y + first + offset, w.stride);
-    multiply(false, true, rows, n, f.v_dim, g, grad.row, value.at(block.b, kv, columns.j0), value.row, 0.0f,
-             w.d + first + offset, w.stride);
-    for (int64_t r = block.first; r < block.last; ++r) {  // columns of no key: whatever lies there, 0 * NaN is NaN
-      float* d = w.d + r * w.stride + at;
-      std::fill(d, w.d + r * w.stride + offset, 0.0f);
-      std::fill(w.d + r * w.stride + offset + n, d + columns.end - columns.begin, 0.0f);
-    }
-    w.pairs(f, block, columns, at, [&](const Place& place, Row* const(&pair)[2]) {
-      with_flags(p.noise, columns.masked, [&](auto noise, auto masked) {
-        if (p.hard) weigh<noise(), masked(), true>(head, place, pair, p.drops(), s.parameters);
-        else weigh<noise(), masked(), false>(head, place, pair, p.drops(), s.parameters);
-      });
-    });
-    if (p.hard) continue;
-    multiply(true, false, n, f.v_dim, rows, w.y + first + offset, w.stride, g, grad.row, 1.0f,
-             dv + columns.j0 * f.v_dim, f.v_dim);
-    products(columns.j0, n, offset, c > 0);
-  }
-  if (!p.hard) return;
+  const Matrix grad(s.grad);
   const int64_t* index = s.index.const_data_ptr<int64_t>() + (block.b * f.heads + block.h) * f.q_len;
-  for (int64_t r = block.first; r < block.last; ++r) {
-    Row& row = w.rows[r];
-    row.y = w.y + r * w.stride, row.d = w.d + r * w.stride;
-    row.delta = row.sum > 0.0f ? row.p_d / row.sum : 0.0f;
-    differentiate(row, (block.keys + f.k_shift + kStep - 1) / kStep * kStep);
-    const int64_t j = index[block.q0 + r];
-    const float weight = j < 0 ? 0.0f : p.drops() ? dropout_of(head, f, block.q0 + r, j) : 1.0f;
+  for (int64_t q = block.q(); q < block.q() + block.rows(); ++q) {
+    const float weight = index[q] < 0 ? 0.0f : p.drops() ? dropout_of(head, f, q, index[q]) : 1.0f;
     if (weight == 0.0f) continue;
-    const float* from = grad.at(block.b, block.h, block.q0 + r);
-    for (int64_t x = 0; x < f.v_dim; ++x) dv[j * f.v_dim + x] += weight * from[x];
+    const float* from = grad.at(block.b, block.h, q);
+    float* to = dv + index[q] * f.v_dim;
+    for (int64_t x = 0; x < f.v_dim; ++x) to[x] += weight * from[x];
   }
-  products(0, block.keys, f.k_shift, false);
 }
 
-// Sums over the chunks of each head: (heads * chunks, L, D) -> (B, Hk, L, D), in the order of the chunks.
-Tensor total(const Tensor& parts, int64_t chunks, at::IntArrayRef shape) {
-  if (chunks == 1) return parts.view(shape);
-  Tensor sum = at::empty(shape, parts.options());
-  const int64_t heads = parts.size(0) / chunks, size = parts.size(1) * parts.size(2);
-  const float* from = parts.const_data_ptr<float>();
-  float* to = sum.mutable_data_ptr<float>();
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      std::copy_n(from + h * chunks * size, size, to + h * size);
-      for (int64_t n = 1; n < chunks; ++n)
-        for (int64_t i = 0; i < size; ++i) to[h * size + i] += from[(h * chunks + n) * size + i];
+// The tiles of scores that the workspace of a backward pass holds.
+int64_t kept_tiles(const Problem& p) {
+  return p.hard ? std::max<int64_t>(kScores / p.field.block / kKeys, 1) : 1;
+}
+
+// The gradients of one block of queries. A hard choice's delta is known when all keys were seen: a second sweep, from
+// the last tile back, takes what the first has kept of the scores, and draws again what it has not.
+void backward_block(const Problem& p, const Saved& s, const Head& head, const Block& block, Workspace& w,
+                    const Sums& sums) {
+  const Field& f = p.field;
+  const Matrix query(p.query), key(p.key), value(p.value), grad(s.grad);
+  const int64_t kv = block.h / (f.heads / f.kv_heads), rows = block.rows(), kept = kept_tiles(p);
+  const float *q = query.at(block.b, block.h, block.q()), *g = grad.at(block.b, block.h, block.q());
+  recall(p, s, head, block, w.rows);
+  auto in_y = [&](const Columns& columns) { return columns.begin / kKeys % kept * kKeys; };
+  auto y_of = [&](const Columns& columns) {
+    return w.y + block.first * w.stride + in_y(columns) + columns.offset(f);
+  };
+  auto d_of = [&](const Columns& columns) { return w.d + block.first * w.tile + columns.offset(f); };
+  auto multiply_values = [&](const Columns& columns) {
+    multiply(false, true, rows, columns.count(), f.v_dim, g, grad.row, value.at(block.b, kv, columns.j0), value.row,
+             0.0f, d_of(columns), w.tile);
+  };
+  auto sweep = [&](const Columns& columns, bool hard, bool parameters) {
+    const int64_t n = columns.count(), offset = columns.offset(f);
+    multiply(false, true, rows, n, f.dim, q, query.row, key.at(block.b, kv, columns.j0), key.row, 0.0f,
+             y_of(columns), w.stride);
+    multiply_values(columns);
+    for (int64_t r = block.first; r < block.last; ++r) {  // columns of no key: whatever lies there, 0 * NaN is NaN
+      float* d = w.d + r * w.tile;
+      std::fill(d, d + offset, 0.0f);
+      std::fill(d + offset + n, d + columns.end - columns.begin, 0.0f);
     }
-  });
-  return sum;
+    w.pairs(f, block, columns, in_y(columns), [&](const Place& place, Row* const(&pair)[2]) {
+      with_flags(p.noise, columns.masked, [&](auto noise, auto masked) {
+        if (hard) weigh<noise(), masked(), true>(head, place, pair, p.drops(), parameters);
+        else weigh<noise(), masked(), false>(head, place, pair, p.drops(), parameters);
+      });
+    });
+  };
+  auto add = [&](const Columns& columns, bool more) {
+    const int64_t n = columns.count();
+    multiply(false, false, rows, f.dim, n, d_of(columns), w.tile, key.at(block.b, kv, columns.j0), key.row,
+             more ? 1.0f : 0.0f, sums.dq, f.dim);
+    sums.in_turn(columns.begin / kKeys, [&] {
+      float *dk = sums.dk + columns.j0 * f.dim, *dv = sums.dv + columns.j0 * f.v_dim;
+      multiply(true, false, n, f.dim, rows, d_of(columns), w.tile, q, query.row, 1.0f, dk, f.dim);
+      if (!p.hard) multiply(true, false, n, f.v_dim, rows, y_of(columns), w.stride, g, grad.row, 1.0f, dv, f.v_dim);
+    });
+  };
+
+  for (int64_t c = 0; c < block.keys + f.k_shift; c += kKeys) {
+    const Columns columns(f, block, c, kKeys);
+    sweep(columns, p.hard, s.parameters);
+    if (!p.hard) add(columns, c > 0);
+  }
+  if (!p.hard) return;
+  sums.in_turn(f.tiles(kKeys), [&] { scatter(p, s, head, block, sums.dv); });
+  for (int64_t r = block.first; r < block.last; ++r) {
+    Row& row = w.rows[r];
+    if (row.sum > 0.0f) row.log_sum = std::log2(row.sum), row.delta = row.p_d / row.sum;
+  }
+  const int64_t last = (block.keys + f.k_shift - 1) / kKeys * kKeys;
+  for (int64_t c = last; c >= 0; c -= kKeys) {
+    const Columns columns(f, block, c, kKeys);
+    if (c <= last - kept * kKeys) {
+      sweep(columns, false, false);
+    } else {
+      if (c < last) multiply_values(columns);  // those of the last tile are still there
+      for (int64_t r = block.first; r < block.last; ++r) {
+        w.rows[r].y = w.y + r * w.stride + in_y(columns), w.rows[r].d = w.d + r * w.tile;
+        differentiate(head, w.rows[r], columns.end - columns.begin, p.drops());
+      }
+    }
+    add(columns, c < last);
+  }
 }
 
 Gradients backward(const Problem& p, const Saved& s) {
   const Field& f = p.field;
   const int64_t blocks = f.blocks(), group = f.heads / f.kv_heads, kv_total = f.batch * f.kv_heads;
-  const int64_t wanted = kTasks / std::max<int64_t>(kv_total, 1);
-  const int64_t chunks = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1));
+  const int64_t turns_of_head = f.tiles(kKeys) + 1;
   const auto options = p.query.options();
   Tensor d_query = at::zeros({f.batch, f.heads, f.q_len, f.dim}, options);
-  Tensor d_key = at::zeros({kv_total * chunks, f.k_len, f.dim}, options);
-  Tensor d_value = at::zeros({kv_total * chunks, f.k_len, f.v_dim}, options);
+  Tensor d_key = at::zeros({f.batch, f.kv_heads, f.k_len, f.dim}, options);
+  Tensor d_value = at::zeros({f.batch, f.kv_heads, f.k_len, f.v_dim}, options);
   float *dq = d_query.mutable_data_ptr<float>(), *dk = d_key.mutable_data_ptr<float>();
   float* dv = d_value.mutable_data_ptr<float>();
   std::vector<double> d_t(f.batch * f.heads * blocks), d_bits(d_t.size());
+  Claims claims(kv_total, blocks * group);
+  Turns turns(kv_total * turns_of_head);
 
-  at::parallel_for(0, kv_total * chunks, 1, [&](int64_t begin, int64_t end) {
-    Workspace w(f.block, p.hard ? f.k_len + f.k_shift : std::min(kKeys, f.k_len + f.k_shift), true);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / chunks / f.kv_heads, kv = task / chunks % f.kv_heads;
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        const Head head = p.head(b, h);
-        for (int64_t n = task % chunks; n < blocks; n += chunks) {
-          const Block block(f, b, h, n);
-          if (block.keys == 0) continue;
-          const int64_t bh = b * f.heads + h;
-          backward_block(p, s, head, block, w, dq + (bh * f.q_len + block.q()) * f.dim, dk + task * f.k_len * f.dim,
-                         dv + task * f.k_len * f.v_dim);
-          if (s.parameters) add_parameters(p, block, w.rows, d_t[bh * blocks + n], d_bits[bh * blocks + n]);
-        }
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), kv_total * blocks * group);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    turns.share([&] {
+      const int64_t columns = f.k_len + f.k_shift;
+      Workspace w(f.block, std::min(kKeys, columns), std::min(kKeys * kept_tiles(p), columns), true);
+      for (Claim claim; claims.take(claim);) {
+        // Blocks that see fewer keys come later: those that take a turn are the first ones of the head, without gaps.
+        const int64_t b = claim.head / f.kv_heads, n = blocks - 1 - claim.n / group;
+        const int64_t h = claim.head % f.kv_heads * group + claim.n % group, bh = b * f.heads + h;
+        const Block block(f, b, h, n);
+        if (block.keys == 0) continue;
+        backward_block(p, s, p.head(b, h), block, w,
+                       {dq + (bh * f.q_len + block.q()) * f.dim, dk + claim.head * f.k_len * f.dim,
+                        dv + claim.head * f.k_len * f.v_dim, turns, claim.head * turns_of_head, claim.n});
+        if (s.parameters) add_parameters(p, block, w.rows, d_t[bh * blocks + n], d_bits[bh * blocks + n]);
       }
-    }
+    });
   });
 
   Tensor d_tau = at::zeros({p.tau.numel()}, options), d_noise_scale = at::zeros({p.noise_scale.numel()}, options);
@@ -229,9 +269,7 @@ Gradients backward(const Problem& p, const Saved& s) {
     d_tau.mutable_data_ptr<float>()[p.tau.numel() == 1 ? 0 : h] -= t * kLn2 / tau;
     d_noise_scale.mutable_data_ptr<float>()[p.noise_scale.numel() == 1 ? 0 : h] -= bits * kLn2 / tau;
   }
-  const int64_t kv_shape[4] = {f.batch, f.kv_heads, f.k_len, f.dim};
-  const int64_t v_shape[4] = {f.batch, f.kv_heads, f.k_len, f.v_dim};
-  return {d_query, total(d_key, chunks, kv_shape), total(d_value, chunks, v_shape), d_tau, d_noise_scale};
+  return {d_query, d_key, d_value, d_tau, d_noise_scale};
 }
 
 // The arguments that both passes share, in the schema's order.
@@ -270,7 +308,7 @@ Gradients backward_op(const Tensor& grad, const Tensor& output, const Tensor& to
                       const Tensor& index, bool parameters, GUMBEL_PROBLEM) {
   Problem p = problem(GUMBEL_ARGUMENTS);
   const int64_t whole_rows = kScores / std::max<int64_t>(p.field.k_len, 1) / kGroup * kGroup;
-  if (hard) p.field.block = std::clamp<int64_t>(whole_rows, kGroup, p.field.block);
+  if (hard && whole_rows >= kFewRows) p.field.block = std::min(p.field.block, whole_rows);
   return backward(p, Saved{with_rows(grad), output, top, log_sum, index, parameters});
 }
 

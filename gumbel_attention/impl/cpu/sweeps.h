@@ -158,7 +158,8 @@ void exponentiate(const Head& head, const Place& at, Row* const (&rows)[2]) {
 
 // The backward pass of two rows. Takes their scores in y and dO.V in d.
 // Soft: y becomes the weights with dropout and d the gradient of the scores, log_sum and delta being known.
-// Hard: y becomes exp((y - top) / tau) and d stays, with dropout; updates sum and p_d, from which both follow.
+// Hard: y becomes exp((y - top) / tau), negative where dropout drops it, and d stays; updates sum and p_d, from which
+// the weights and delta follow.
 template <bool kNoise, bool kMask, bool kHard>
 void weigh(const Head& head, const Place& at, Row* const (&rows)[2], bool drop, bool parameters) {
   const Tops top(rows);
@@ -183,10 +184,9 @@ void weigh(const Head& head, const Place& at, Row* const (&rows)[2], bool drop, 
       EACH t[n] = max(t[n], splat(-125.0f));  // p is 0 there, and 0 times t must be 0
       EACH p_t[n] += p[n] * t[n], p_d_t[n] += g[n] * t[n], p_g[n] += p[n] * bits[n], p_d_g[n] += g[n] * bits[n];
     }
-    if (!kHard && drop) EACH p[n] *= factor[n];
+    if (drop) EACH p[n] = kHard ? (factor[n] > 0.0f ? p[n] : -p[n]) : p[n] * factor[n];
     EACH store(rows[row_of(n)]->y + c + shift_of(n), p[n]);
     if constexpr (!kHard) EACH store(rows[row_of(n)]->d + c + shift_of(n), g[n] * rows[row_of(n)]->slope);
-    if (kHard && drop) EACH store(rows[row_of(n)]->d + c + shift_of(n), d[n]);
   }
   for (int r = 0; r < 2; ++r) {
     Row& row = *rows[r];
@@ -196,10 +196,14 @@ void weigh(const Head& head, const Place& at, Row* const (&rows)[2], bool drop, 
   }
 }
 
-// Hard: the gradient of a row's scores, into d.
-inline void differentiate(const Row& row, int64_t columns) {
+// Hard: the gradient of a row's scores into d, from what `weigh` made of y, and dO.V in d.
+inline void differentiate(const Head& head, const Row& row, int64_t columns, bool drop) {
   const float slope = row.sum > 0.0f ? row.slope / row.sum : 0.0f;
-  for (int64_t c = 0; c < columns; c += W) store(row.d + c, load(row.y + c) * (load(row.d + c) - row.delta) * slope);
+  for (int64_t c = 0; c < columns; c += W) {
+    vf p = load(row.y + c), d = load(row.d + c);
+    if (drop) d = p > 0.0f ? d * head.kept : vf{}, p = max(p, -p);
+    store(row.d + c, p * (d - row.delta) * slope);
+  }
 }
 
 }  // namespace gumbel

@@ -77,6 +77,7 @@ struct Field {
   int64_t block;             // queries of a block
 
   int64_t blocks() const { return (q_len + q_shift + block - 1) / block; }
+  int64_t tiles(int64_t size) const { return (k_len + k_shift + size - 1) / size; }
   bool masked() const { return keep.data != nullptr || bias.data != nullptr; }
   // Keys that query q may see: those before this one.
   int64_t limit(int64_t q) const {
@@ -138,22 +139,26 @@ struct Columns {
   int64_t offset(const Field& f) const { return j0 + f.k_shift - begin; }  // of key j0 in the tile
 };
 
-// Memory of one thread: two tiles of scores, the mask of two rows, and the state of the rows.
+// Memory of one thread: one or more tiles of scores, a tile of their gradients, the mask of two rows, and the state of
+// the rows.
 struct Workspace {
-  int64_t stride;
+  int64_t stride, tile;  // from row to row of y, and of d and the mask
   Tensor memory;
   float *y, *d, *mask;
   Row rows[128];
 
-  Workspace(int64_t block, int64_t columns, bool backward)
-      : stride((columns + kStep - 1) / kStep * kStep + kGroup),
-        memory(at::zeros({((backward ? 2 : 1) * block + 2) * stride}, at::kFloat)) {
+  Workspace(int64_t block, int64_t columns, int64_t y_columns, bool backward)
+      : stride(padded(y_columns)),
+        tile(padded(columns)),
+        memory(at::zeros({block * stride + ((backward ? block : 0) + 2) * tile}, at::kFloat)) {
     mask = memory.mutable_data_ptr<float>();
-    y = mask + 2 * stride;
+    y = mask + 2 * tile;
     d = backward ? y + block * stride : nullptr;
   }
+  static int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep + kGroup; }
 
-  // Calls sweep(place, pair of rows, masked) for all pairs of rows of which one is in the block.
+  // Calls sweep(place, pair of rows) for all pairs of rows of which one is in the block; their scores lie in y from
+  // `column` on.
   template <typename Sweep>
   void pairs(const Field& f, const Block& block, const Columns& columns, int64_t column, Sweep&& sweep) {
     const int64_t length = columns.end - columns.begin;
@@ -164,10 +169,10 @@ struct Workspace {
       for (int i = 0; i < 2; ++i) {
         const int64_t row = r + 8 * i;
         pair[i]->y = y + row * stride + column;
-        pair[i]->d = d == nullptr ? nullptr : d + row * stride + column;
-        pair[i]->mask = mask + i * stride;
+        pair[i]->d = d == nullptr ? nullptr : d + row * tile;
+        pair[i]->mask = mask + i * tile;
         if (columns.masked)
-          f.mask_row(block.b, block.h, used[i] ? block.q0 + row : -1, columns.begin, length, mask + i * stride);
+          f.mask_row(block.b, block.h, used[i] ? block.q0 + row : -1, columns.begin, length, mask + i * tile);
       }
       const auto q = (uint32_t)(block.q0 + r + f.q_offset), k = (uint32_t)(columns.begin - f.k_shift + f.k_offset);
       sweep(Place{q, k, length}, pair);

@@ -28,6 +28,7 @@ from .tiles import (
     perturbed,
     store_rows,
     survivors,
+    wide_indices,
 )
 
 
@@ -94,7 +95,7 @@ def columns_kernel(
     k_place = (tl.program_id(0) % tiles) * BLOCK_K
     bh = tl.program_id(0) // tiles
     kv_heads = heads // group
-    b, kv_head = (bh // kv_heads).to(tl.int64), bh % kv_heads
+    b, kv_head, first_head = wide_indices(bh // kv_heads, bh % kv_heads, bh % kv_heads * group)
     j_first = k_place - k_shift
     j = (j_first + tl.arange(0, BLOCK_K))[:, None]
     first, unmasked = _query_places(j_first, field, kind)
@@ -108,9 +109,9 @@ def columns_kernel(
     v = load_seen_rows(values, j_first, k_len, seen_ptr, DV, BLOCK_K, BLOCK_DV, KEEP != ABSENT)
     d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32) if not HARD else 0.0
-    d_k_tau = tl.load(tau_ptr + kv_head * group * tau_stride)
+    d_k_tau = tl.load(tau_ptr + first_head * tau_stride)
     for member in tl.range(0, group):
-        h = kv_head * group + member
+        h = first_head + member
         head = head_numbers(
             tau_ptr, tau_stride, noise_scale_ptr, noise_scale_stride, seed_ptr, seed_stride, seed_heads, h_offset, b,
             h, scale, threshold, survivor, kind,

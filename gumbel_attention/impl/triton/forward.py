@@ -25,6 +25,7 @@ from .tiles import (
     perturbed,
     store_rows,
     survivors,
+    wide_indices,
 )
 
 NO_KEY = tl.constexpr(2**31 - 1)
@@ -104,9 +105,9 @@ def forward_kernel(
     tiles = tl.cdiv(q_len + q_shift, BLOCK_Q)
     q_place = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q  # under a causal mask the long rows come first
     bh = tl.program_id(0) // tiles
-    b, h = (bh // heads).to(tl.int64), bh % heads
-    keys = Matrix(k_ptr + b * k_batch + (h // group) * k_head, k_row)
-    values = Matrix(v_ptr + b * v_batch + (h // group) * v_head, v_row)
+    b, h, kv_head = wide_indices(bh // heads, bh % heads, bh % heads // group)
+    keys = Matrix(k_ptr + b * k_batch + kv_head * k_head, k_row)
+    values = Matrix(v_ptr + b * v_batch + kv_head * v_head, v_row)
     if KEEP != ABSENT:
         keep_ptr += b * keep_batch + h * keep_head
         seen_ptr += b * seen_batch + h * seen_head

@@ -1,157 +1,115 @@
-"""From a problem to kernel launches: arguments, tile sizes, and the autograd function around them."""
+"""From a problem to kernel launches: their arguments, and the tensors they fill.
+
+Nothing here reads a tensor's value: there is no synchronisation, and a CUDA graph may capture the launches.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import AttentionProblem
-from .arithmetic import INTERPRET
 from .columns import columns_kernel
 from .forward import forward_kernel
 from .rows import rows_kernel
+from .sizes import (
+    LEAST_SHARED_MEMORY,
+    PLACES,
+    POSITION_BLOCK,
+    Tile,
+    columns_tile,
+    forward_tile,
+    places,
+    rows_tile,
+    tiles,
+)
 from .tiles import ABSENT, PER_KEY, PER_SCORE
 
-PLACES = 128
-"""Rows' statistics are stored by place, in multiples of this, which is one of all tiles of queries."""
-
-POSITION_BLOCK = 16
-"""Tiles start at multiples of this position: groups of the noise do not straddle two."""
+MAX_ROW_STRIDE = 2**24 - 1
+"""The distance of two rows of a tile, at most 127 of these, fits in 31 bits."""
 
 
-class Tile(NamedTuple):
-    """Queries and keys of a tile, and how a program runs."""
-
-    q: int
-    k: int
-    warps: int
-    stages: int
-
-
-def forward_tile(d: int, dtype: torch.dtype, hard: bool) -> Tile:
-    """The tile of the forward kernel for head dims up to ``d``."""
-    if INTERPRET:
-        return Tile(32, 16, 4, 1)
-    if dtype == torch.float32:
-        return Tile(64, 32, 4, 2) if hard and d <= 128 else Tile(32, 32, 4, 2)
-    if d <= 128:
-        return Tile(128, 64, 8, 2 if d > 64 else 3)
-    return Tile(128, 32, 8, 2)
-
-
-def rows_tile(d: int, dtype: torch.dtype, hard: bool) -> Tile:
-    """The tile of the row kernel."""
-    if INTERPRET:
-        return Tile(32, 16, 4, 1)
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    if d <= 64:
-        return Tile(128, 64, 8, 2)
-    if d <= 128:
-        return Tile(128, 32, 8, 2) if hard else Tile(128, 64, 8, 2)
-    return Tile(32, 32, 4, 1) if hard else Tile(128, 32, 8, 1)
-
-
-def columns_tile(d: int, dtype: torch.dtype, hard: bool) -> Tile:
-    """The tile of the column kernel; its queries divide those of the other two, whose rows it reads."""
-    if INTERPRET:
-        return Tile(16, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    if d <= 64:
-        return Tile(64, 128, 8, 2)
-    if d <= 128:
-        return Tile(32, 128, 8, 2)
-    return Tile(32, 128, 8, 1)
-
-
-def attention(problem: AttentionProblem) -> Tensor:
-    """Attention's output, (B, H, Lq, Dv), differentiable once in query, key, value, tau and noise_scale."""
-    choice = problem.choice
-    tau, noise_scale = (x if isinstance(x, Tensor) else None for x in (choice.tau, choice.noise_scale))
-    output: Tensor = _Attention.apply(_detached(problem), problem.query, problem.key, problem.value, tau, noise_scale)
-    return output
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, problem: AttentionProblem, *tensors: Tensor | None) -> Tensor:
-        output, lse, index = _forward(problem)
-        ctx.problem = _with_tensors(problem, [None] * len(tensors))
-        ctx.save_for_backward(*tensors, None if problem.choice.hard else output, lse, index)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "second derivatives are not implemented in impl='triton': use impl='reference' with hard=False, or "
-                "leave out create_graph=True."
-            )
-        *tensors, output, lse, index = ctx.saved_tensors
-        problem = _with_tensors(ctx.problem, tensors)
-        return None, *_backward(problem, output, lse, index, d_output, ctx.needs_input_grad[1:])
-
-
-def _forward(problem: AttentionProblem) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, and what the backward pass needs of it: log2 of the sum of exponents, or the chosen keys."""
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Output, and of each row what the backward pass needs: log2 of the sum of exponents, or the chosen key."""
     query, hard = problem.query, problem.choice.hard
     batch, heads, q_len, _ = query.shape
     output = query.new_empty(batch, heads, q_len, problem.value.shape[-1])
     arguments = common_arguments(problem)
-    rows = query.new_empty(batch, heads, arguments["places"], dtype=torch.int32 if hard else torch.float32)
+    tile = kernel_tile(forward_tile, problem)
+    empty = torch.empty if tile.q == PLACES else torch.zeros  # the last tile may end before the last place
+    dtype = torch.int32 if hard else torch.float32
+    rows = empty(batch, heads, arguments["places"], dtype=dtype, device=query.device)
     lse, index = (None, rows) if hard else (rows, None)
-    tile = forward_tile(_width(problem), query.dtype, hard)
-    programs = batch * heads * _tiles(q_len, arguments["q_shift"], tile.q)
+    programs = batch * heads * tiles(q_len, arguments["q_shift"], tile.q)
     _launch(forward_kernel, programs, tile, arguments, output_ptr=output, lse_ptr=lse, index_ptr=index)
-    return output, lse, index
+    return output, rows
 
 
-def _backward(
-    problem: AttentionProblem,
-    output: Tensor | None,
-    lse: Tensor | None,
-    index: Tensor | None,
-    d_output: Tensor,
-    wanted: tuple[bool, ...],
+def backward(
+    problem: AttentionProblem, output: Tensor | None, rows: Tensor, d_output: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of query, key, value, tau and noise_scale; ``None`` for those not wanted."""
+    """The gradients of query, key, value, tau and noise_scale; ``None`` for those not wanted.
+
+    Args:
+        problem: what was computed; tau and noise_scale are tensors, of one number or one for each head.
+        output: the output of relaxed weights, ``None`` after a hard choice.
+        rows: as ``forward`` gave them.
+        d_output: the gradient of the output.
+        wanted: which gradients.
+    """
     query, choice = problem.query, problem.choice
     batch, heads, q_len, _ = query.shape
-    d_output = _rows_contiguous(d_output)
+    d_output = _addressable(d_output)
     arguments = common_arguments(problem) | _strides("do", d_output)
-    tile = rows_tile(_width(problem), query.dtype, choice.hard)
-    tiles = _tiles(q_len, arguments["q_shift"], tile.q)
+    tile = kernel_tile(rows_tile, problem)
+    row_tiles = tiles(q_len, arguments["q_shift"], tile.q)
     inputs = (query, problem.key, problem.value)
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     d_tau, d_noise = (
-        query.new_empty(batch, heads, tiles, dtype=torch.float32) if needed else None for needed in wanted[3:]
+        query.new_empty(batch, heads, row_tiles, dtype=torch.float32) if needed else None for needed in wanted[3:]
     )
     delta = query.new_empty(batch, heads, arguments["places"], dtype=torch.float32)
-    lse = torch.empty_like(delta) if lse is None else lse
+    lse = torch.empty_like(delta) if choice.hard else rows
     _launch(
-        rows_kernel, batch * heads * tiles, tile, arguments, output_ptr=output, lse_ptr=lse, delta_ptr=delta,
+        rows_kernel, batch * heads * row_tiles, tile, arguments, output_ptr=output, lse_ptr=lse, delta_ptr=delta,
         d_output_ptr=d_output, d_q_ptr=d_q, d_tau_ptr=d_tau, d_noise_ptr=d_noise, D_TAU=d_tau is not None,
         D_NOISE=d_noise is not None,
     )  # fmt: skip
     if wanted[1] or (wanted[2] and not choice.hard):
-        tile = columns_tile(_width(problem), query.dtype, choice.hard)
-        programs = batch * problem.key.shape[1] * _tiles(problem.key.shape[2], arguments["k_shift"], tile.k)
+        tile = kernel_tile(columns_tile, problem)
+        programs = batch * problem.key.shape[1] * tiles(problem.key.shape[2], arguments["k_shift"], tile.k)
         arguments |= _seen(problem, grouped=True)
         _launch(
             columns_kernel, programs, tile, arguments, lse_ptr=lse, delta_ptr=delta, d_output_ptr=d_output,
             d_k_ptr=d_k, d_v_ptr=d_v,
         )  # fmt: skip
-    if index is not None and wanted[2]:
+    if choice.hard and wanted[2]:
         first = arguments["q_shift"]
-        d_v = _scattered(d_output, index[..., first : first + q_len], problem.value, arguments["survivor"])
-    per_head = (_summed(part, x) for part, x in ((d_tau, choice.tau), (d_noise, choice.noise_scale)))
-    return [x if needed else None for x, needed in zip((d_q, d_k, d_v, *per_head), wanted, strict=True)]
+        d_v = _scattered(d_output, rows[..., first : first + q_len], problem.value, arguments["survivor"])
+    numbers = (_summed(part, x) for part, x in ((d_tau, choice.tau), (d_noise, choice.noise_scale)))
+    return [x if needed else None for x, needed in zip((d_q, d_k, d_v, *numbers), wanted, strict=True)]
+
+
+def kernel_tile(chooser: Callable[[int, torch.dtype, bool, int], Tile], problem: AttentionProblem) -> Tile:
+    """The tile that ``forward_tile``, ``rows_tile`` or ``columns_tile`` gives a problem on its device."""
+    query, width = problem.query, max(problem.query.shape[-1], problem.value.shape[-1])
+    tile = chooser(width, query.dtype, problem.choice.hard, _shared_memory(query.device))
+    per_score = problem.keep is not None and problem.keep.shape[-2] > 1
+    return tile._replace(stages=1) if per_score else tile  # later stages' masks would fill the shared memory
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; as much as the smallest GPU's for want of a GPU."""
+    if device.type != "cuda":
+        return LEAST_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub leaves a property out
+    return int(properties.shared_memory_per_block_optin)
 
 
 def common_arguments(problem: AttentionProblem) -> dict[str, Any]:
@@ -159,7 +117,7 @@ def common_arguments(problem: AttentionProblem) -> dict[str, Any]:
     query, key, value, choice = problem.query, problem.key, problem.value, problem.choice
     _, heads, q_len, d = query.shape
     k_len, d_v = key.shape[-2], value.shape[-1]
-    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+    query, key, value = (_addressable(x) for x in (query, key, value))
     q_offset, k_offset = problem.q_offset, problem.k_offset
     assert isinstance(q_offset, int)
     assert isinstance(k_offset, int)
@@ -172,7 +130,7 @@ def common_arguments(problem: AttentionProblem) -> dict[str, Any]:
     arguments |= _draws(problem) if noisy or dropped else _NO_DRAWS
     return arguments | {
         "heads": heads, "group": heads // key.shape[1], "q_len": q_len, "k_len": k_len,
-        "places": _tiles(q_len, q_offset % POSITION_BLOCK, PLACES) * PLACES,
+        "places": places(q_len, q_offset),
         "q_shift": q_offset % POSITION_BLOCK, "k_shift": k_offset % POSITION_BLOCK,
         "q_origin": _as_int32(q_offset - q_offset % POSITION_BLOCK),
         "k_origin": _as_int32(k_offset - k_offset % POSITION_BLOCK),
@@ -183,14 +141,31 @@ def common_arguments(problem: AttentionProblem) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, programs: int, tile: Tile, arguments: dict[str, Any], **more: Any) -> None:
+    """Runs a kernel on the tensors' device.
+
+    Raises:
+        RuntimeError: it could not be compiled or started here.
+    """
     if programs == 0:
         return
-    device = arguments["q_ptr"].device
+    query = arguments["q_ptr"]
     accepted = {name: x for name, x in (arguments | more).items() if name in kernel.arg_names}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](
-            **accepted, BLOCK_Q=tile.q, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages
-        )  # fmt: skip
+    try:
+        with torch.cuda.device(query.device) if query.device.type == "cuda" else contextlib.nullcontext():
+            kernel[(programs,)](
+                **accepted, BLOCK_Q=tile.q, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages
+            )  # fmt: skip
+    except Exception as error:  # triton, its compilers, the C compiler and the driver each have their own
+        raise RuntimeError(
+            f"impl='triton' could not compile or start {kernel.fn.__name__} for head dimensions {arguments['D']} and "
+            f"{arguments['DV']} in {query.dtype}: {type(error).__name__}: {_beginning(str(error))} "
+            "Use impl='blockwise', which needs no compiler."
+        ) from error
+
+
+def _beginning(message: str) -> str:
+    """A compiler's message without the code it quotes."""
+    return message if len(message) <= 300 else f"{message[:300]} ..."
 
 
 def _mask(name: str, mask: Tensor | None, query: Tensor, k_len: int) -> dict[str, Any]:
@@ -216,7 +191,7 @@ def _seen(problem: AttentionProblem, *, grouped: bool) -> dict[str, Any]:
     if grouped and seen.shape[1] > 1:
         seen = seen.unflatten(1, (kv_heads, -1)).any(2)
     seen = seen.expand(*seen.shape[:-1], k_len)
-    seen = _rows_contiguous(seen.expand(batch, kv_heads if grouped else heads, k_len)).view(torch.uint8)
+    seen = _addressable(seen.expand(batch, kv_heads if grouped else heads, k_len)).view(torch.uint8)
     return {"seen_ptr": seen, "seen_batch": seen.stride(0), "seen_head": seen.stride(1)}
 
 
@@ -247,8 +222,9 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row"), x.stride()[:3], strict=True))
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _addressable(x: Tensor) -> Tensor:
+    """A tensor whose rows are contiguous and near enough to each other, copied where ``x`` is not like that."""
+    return x if x.stride(-1) == 1 and x.stride(-2) <= MAX_ROW_STRIDE else x.contiguous()
 
 
 def _as_int32(x: int) -> int:
@@ -261,20 +237,12 @@ def _power_of_two(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def _width(problem: AttentionProblem) -> int:
-    return max(problem.query.shape[-1], problem.value.shape[-1])
-
-
-def _tiles(length: int, shift: int, block: int) -> int:
-    return -(-(length + shift) // block)
-
-
 def _summed(parts: Tensor | None, x: float | Tensor) -> Tensor | None:
-    """Sums (B, H, tiles) to the shape of ``x``, a tensor for all heads or one for each."""
+    """Sums (B, H, tiles) to the shape of ``x``, (1,) or (H,)."""
     if parts is None:
         return None
     assert isinstance(x, Tensor)
-    return parts.sum((0, 2))[None, :, None, None].sum_to_size(x.shape).to(x.dtype)
+    return parts.sum((0, 2)).sum_to_size(x.shape)
 
 
 def _scattered(d_output: Tensor, index: Tensor, value: Tensor, survivor: float) -> Tensor:
@@ -286,26 +254,3 @@ def _scattered(d_output: Tensor, index: Tensor, value: Tensor, survivor: float) 
     sent = torch.where(index[..., None] >= 0, d_output * survivor, 0.0).to(torch.float32)
     total = torch.zeros(batch * kv_heads * k_len, d_v, dtype=torch.float32, device=value.device)
     return total.index_add_(0, row.flatten(), sent.reshape(-1, d_v)).reshape(value.shape).to(value.dtype)
-
-
-def _detached(problem: AttentionProblem) -> AttentionProblem:
-    choice = problem.choice
-    tensors = (problem.query, problem.key, problem.value, choice.tau, choice.noise_scale)
-    return _with_tensors(problem, [x.detach() if isinstance(x, Tensor) else None for x in tensors])
-
-
-def _with_tensors(problem: AttentionProblem, tensors: Any) -> AttentionProblem:
-    """The problem with other tensors in these places; a ``None`` leaves a number for tau or noise_scale as it is."""
-    query, key, value, tau, noise_scale = tensors
-    choice = problem.choice
-    choice = dataclasses.replace(
-        choice,
-        tau=_number(choice.tau) if tau is None else tau,
-        noise_scale=_number(choice.noise_scale) if noise_scale is None else noise_scale,
-    )
-    return dataclasses.replace(problem, query=query, key=key, value=value, choice=choice)
-
-
-def _number(x: float | Tensor) -> float:
-    """A number as it is; a placeholder for a tensor that is kept elsewhere."""
-    return math.nan if isinstance(x, Tensor) else x

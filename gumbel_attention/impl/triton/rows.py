@@ -30,6 +30,7 @@ from .tiles import (
     perturbed,
     store_rows,
     survivors,
+    wide_indices,
 )
 
 NEGLIGIBLE = tl.constexpr(-1000.0)
@@ -56,10 +57,11 @@ def _scores(
 
 @triton.jit
 def _relaxed_tiles(
-    d_q, z_sum, n_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr, head, field, i, q_place, first,
-    last, k_end, kind: tl.constexpr, D_TAU: tl.constexpr, D_NOISE: tl.constexpr, MASKED: tl.constexpr,
+    d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr, head,
+    field, i, q_place, first, last, k_end, kind: tl.constexpr, D_TAU: tl.constexpr, D_NOISE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys at places ``first ... last`` to dZ K and to the sums of dZ * Z and dZ * n."""
+    """Adds the keys at places ``first ... last`` to dZ K and to the sums of dZ, dZ * Z, P * Z, dZ * n, P * n."""
     for k_place in tl.range(first, last, kind.K):
         u, n, d_weights, k, j = _scores(
             q, d_output, keys, values, keep, bias, seen_ptr, head, field, i, q_place, k_place, k_end, kind
@@ -67,13 +69,18 @@ def _relaxed_tiles(
         exponent = u * head.exponent_scale - lse[:, None]
         if MASKED:
             exponent = only_visible(exponent, keep, i, j, field, kind)
-        d_z = exp2(exponent) * (d_weights - delta[:, None])
+        weights = exp2(exponent)
+        d_z = weights * (d_weights - delta[:, None])
+        if D_TAU or D_NOISE:
+            dz_sum += tl.sum(d_z, 1)
         if D_TAU:
             z_sum += tl.sum(d_z * exponent, 1)
+            pz_sum += tl.sum(weights * exponent, 1)
         if D_NOISE:
             n_sum += tl.sum(d_z * n, 1)
+            pn_sum += tl.sum(weights * n, 1)
         d_q = dot(d_z.to(k.dtype), k, d_q)
-    return d_q, z_sum, n_sum
+    return d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum
 
 
 @triton.jit
@@ -84,7 +91,9 @@ def _hard_tiles(
 ):  # fmt: skip
     """Adds the keys at places ``first ... last`` to sums relative to ``best``, the largest u so far.
 
-    With p the unnormalised weights and e = p * (dP - guess): sums of e K, p K, p, p * dP, e * Z, p * Z, e * n, p * n.
+    With p the unnormalised weights and e = p * (dP - delta): sums of e K, p K, p, p * dP, e * Z, p * Z, e * n, p * n.
+    ``guess`` is delta over the keys so far, and the sums of e follow it: were it left as it was in the first tile, the
+    sums of e and of p would cancel in the end, and their operands are rounded to the dtype of the keys.
     """
     for k_place in tl.range(first, last, kind.K):
         u, n, d_weights, k, j = _scores(
@@ -99,25 +108,27 @@ def _hard_tiles(
         exponent = u * head.exponent_scale - (reference * head.exponent_scale)[:, None]
         weights = exp2(exponent)
         rescale = exp2((best - reference) * head.exponent_scale)
-        fresh = total == 0.0
-        e_sum = delta_sum - guess * total
-        shift = tl.where(fresh, 0.0, (best - reference) * head.exponent_scale)
-        z_sum = (z_sum + shift * e_sum) * rescale
+        shift = tl.where(total == 0.0, 0.0, (best - reference) * head.exponent_scale)
         pz_sum = (pz_sum + shift * total) * rescale
+        z_sum *= rescale  # e sums to 0: no shift
+        pn_sum *= rescale
+        n_sum *= rescale
         best = higher
         total = total * rescale + tl.sum(weights, 1)
         delta_sum = delta_sum * rescale + tl.sum(weights * d_weights, 1)
-        guess = tl.where(fresh, delta_sum / tl.maximum(total, 1.0e-30), guess)
+        corrected = delta_sum / tl.maximum(total, 1.0e-30)
+        change = corrected - guess
+        guess = corrected
         e = weights * (d_weights - guess[:, None])
         if D_TAU:
             if MASKED:
                 exponent = tl.maximum(exponent, NEGLIGIBLE)
-            z_sum += tl.sum(e * exponent, 1)
+            z_sum += tl.sum(e * exponent, 1) - change * pz_sum
             pz_sum += tl.sum(weights * exponent, 1)
         if D_NOISE:
-            n_sum = n_sum * rescale + tl.sum(e * n, 1)
-            pn_sum = pn_sum * rescale + tl.sum(weights * n, 1)
-        d_q = dot(e.to(k.dtype), k, d_q * rescale[:, None])
+            n_sum += tl.sum(e * n, 1) - change * pn_sum
+            pn_sum += tl.sum(weights * n, 1)
+        d_q = dot(e.to(k.dtype), k, (d_q - change[:, None] * weighted_k) * rescale[:, None])
         weighted_k = dot(weights.to(k.dtype), k, weighted_k * rescale[:, None])
     return d_q, weighted_k, total, delta_sum, guess, best, z_sum, pz_sum, n_sum, pn_sum
 
@@ -140,9 +151,9 @@ def rows_kernel(
     tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the long rows come first
     q_place = tile * BLOCK_Q
     bh = tl.program_id(0) // tiles
-    b, h = (bh // heads).to(tl.int64), bh % heads
-    keys = Matrix(k_ptr + b * k_batch + (h // group) * k_head, k_row)
-    values = Matrix(v_ptr + b * v_batch + (h // group) * v_head, v_row)
+    b, h, kv_head = wide_indices(bh // heads, bh % heads, bh % heads // group)
+    keys = Matrix(k_ptr + b * k_batch + kv_head * k_head, k_row)
+    values = Matrix(v_ptr + b * v_batch + kv_head * v_head, v_row)
     if KEEP != ABSENT:
         keep_ptr += b * keep_batch + h * keep_head
         seen_ptr += b * seen_batch + h * seen_head
@@ -189,25 +200,29 @@ def rows_kernel(
         total = tl.where(empty, 1.0, total)
         lse = tl.where(empty, 0.0, best * head.exponent_scale + log2(total))
         tl.store(lse_ptr + place, tl.where(exists, lse, -LOWEST))  # no weight where there is no query
-        delta = delta_sum / total
-        off = delta - guess
-        d_q = (d_q - off[:, None] * weighted_k) / total[:, None]
-        z_sum = (z_sum - off * pz_sum) / total
-        n_sum = (n_sum - off * pn_sum) / total
+        delta = guess
+        d_q /= total[:, None]
+        z_sum /= total
+        n_sum /= total
     else:
         output = Matrix(output_ptr + row_base * DV, DV)
         output = load_rows(output, i_first, q_len, DV, BLOCK_Q, BLOCK_DV)
         delta = tl.sum(output.to(tl.float32) * d_output.to(tl.float32), 1)
         lse = tl.load(lse_ptr + place)
+        dz_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        pz_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        pn_sum = tl.zeros((BLOCK_Q,), tl.float32)
         if KEEP == ABSENT:
-            d_q, z_sum, n_sum = _relaxed_tiles(
-                d_q, z_sum, n_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr, head, field, i,
-                q_place, 0, unmasked, k_end, kind, D_TAU, D_NOISE, False,
+            d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum = _relaxed_tiles(
+                d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr,
+                head, field, i, q_place, 0, unmasked, k_end, kind, D_TAU, D_NOISE, False,
             )  # fmt: skip
-        d_q, z_sum, n_sum = _relaxed_tiles(
-            d_q, z_sum, n_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr, head, field, i, q_place,
-            unmasked, last, k_end, kind, D_TAU, D_NOISE, True,
+        d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum = _relaxed_tiles(
+            d_q, dz_sum, z_sum, pz_sum, n_sum, pn_sum, q, d_output, lse, delta, keys, values, keep, bias, seen_ptr,
+            head, field, i, q_place, unmasked, last, k_end, kind, D_TAU, D_NOISE, True,
         )  # fmt: skip
+        z_sum -= dz_sum * pz_sum  # dZ sums to 0; here it sums to the rounding error of delta
+        n_sum -= dz_sum * pn_sum
     tl.store(delta_ptr + place, delta)
     store_rows(d_q_ptr + row_base * D, d_q * (scale / head.tau), i_first, q_len, D, BLOCK_Q, BLOCK_D)
     unit = -LN2 / head.tau  # exponents are log2(e) * Z, and G is -ln(2) * n, up to a constant

@@ -87,6 +87,12 @@ class Head(NamedTuple):
 
 
 @triton.jit
+def wide_indices(b, h, other_h):
+    """Indices of an example and of heads in 64 bits, as their products with strides need them."""
+    return b.to(tl.int64), h.to(tl.int64), other_h.to(tl.int64)
+
+
+@triton.jit
 def head_numbers(
     tau_ptr, tau_stride, noise_scale_ptr, noise_scale_stride, seed_ptr, seed_stride, seed_heads, h_offset, b, h, scale,
     threshold, survivor, kind: tl.constexpr,

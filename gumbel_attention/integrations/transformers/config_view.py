@@ -66,7 +66,8 @@ def _make_view_class(cls: type[PretrainedConfig]) -> type[PretrainedConfig]:
         return vars(self).get(_INTERNAL) if name is None else name
 
     def set_implementation(self: Any, value: str | None) -> None:
-        vars(self)[_INTERNAL] = value
+        if value is None or value != getattr(self, "_view_implementation", None):
+            vars(self)[_INTERNAL] = value  # and no more of our name: transformers writes back what it has read
 
     def to_dict(self: Any) -> dict[str, Any]:
         extra = getattr(self, "_view_extra", None)

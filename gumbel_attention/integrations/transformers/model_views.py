@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..patched_state import CHILD, PatchedState
+from ..patched_state import state_of
 from .config_view import config_view, plain_config
 from .masks import NAME, mask_builders
 from .registry import RegistryState
@@ -20,8 +20,8 @@ def refresh_views(model: nn.Module) -> None:
     Every submodel with a patched module tells of it when it is saved. Settings that a config carries from a file are
     taken out of it: from the first patch on, the model says what is true of it.
     """
-    attention = {module for module in model.modules() if isinstance(getattr(module, CHILD, None), PatchedState)}
-    reached = {module for module in attention if isinstance(getattr(module, CHILD), RegistryState)}
+    attention = {module for module in model.modules() if state_of(module) is not None}
+    reached = {module for module in attention if isinstance(state_of(module), RegistryState)}
     submodels: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for submodel in submodels:
         submodel.config = plain_config(submodel.config)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...selection import PatchedLayer
-from ..patched_state import CHILD, PatchedState
+from ..patched_state import PatchedState, state_of
 from ..rewriting import notes
 from .model_views import refresh_views
 
@@ -73,6 +73,26 @@ class ModelPatch:
 
         return _Restore(restore)
 
+    def set_noise_scale(self, noise_scale: float) -> _Restore:
+        """Sets what multiplies the noise of the patched layers; as a context manager, until its end.
+
+        Raises:
+            TypeError, ValueError: ``noise_scale`` is not a finite number >= 0.
+            RuntimeError: a layer's settings have ``noise_scale=0``.
+        """
+        self._check_in_force()
+        for state in self._states:
+            state.check_noise_scale(noise_scale)
+        before = [state.noise_scale.clone() for state in self._states]
+        for state in self._states:
+            state.set_noise_scale(noise_scale)
+
+        def restore() -> None:
+            for state, value in zip(self._states, before, strict=True):
+                state.set_noise_scale(value.item())
+
+        return _Restore(restore)
+
     def noise(self, on: bool | str | None) -> _Restore:
         """Switches the noise, whatever the mode; as a context manager, until its end.
 
@@ -120,8 +140,11 @@ class ModelPatch:
         self._patched = []
 
     def _check_in_force(self) -> None:
-        if not self._patched or any(getattr(m, CHILD, None) is not state for _, m, state in self._patched):
-            raise RuntimeError("this patch has been removed; patch the model again with patch_model(model, config).")
+        if not self._patched or any(state_of(module) is not state for _, module, state in self._patched):
+            raise RuntimeError(
+                "this patch has been removed, or PEFT has put copies in its place: patch the model again with "
+                "patch_model(model, config), or take the handle that gumbel_attention.patch_of(model) gives."
+            )
 
     def __enter__(self) -> ModelPatch:
         return self
@@ -139,8 +162,8 @@ def patched_modules(model: nn.Module) -> list[PatchedModule]:
     """The patched layers of a model, in its order."""
     found = []
     for name, module in model.named_modules():
-        state = getattr(module, CHILD, None)
-        if isinstance(state, PatchedState):
+        state = state_of(module)
+        if state is not None:
             found.append(
                 PatchedModule(PatchedLayer(name, type(module).__name__, state.way, notes(type(module))), module, state)
             )

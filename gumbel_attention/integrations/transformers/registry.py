@@ -16,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.output_capturing import _active_collector
 
 from ...attend import attend
-from ..patched_state import CHILD, PatchedState
+from ..patched_state import PatchedState, state_of
 from .config_view import config_view, plain_config
 from .masks import CAUSAL_PADDING, NAME
 
@@ -85,7 +85,7 @@ def gumbel_attention_forward(
     Returns:
         Output (B, Lq, H, Dv), and the weights used (B, H, Lq, Lk) where the model was asked for its attentions.
     """
-    state = getattr(module, CHILD, None)
+    state = state_of(module)
     if not isinstance(state, RegistryState):
         raise RuntimeError(
             f"attn_implementation={NAME!r} works through patch_model: load the model with 'sdpa' or 'eager' and call "

@@ -36,7 +36,7 @@ def carried(model: nn.Module) -> tuple[list[SavedLayer], Checkpoint]:
 def set_temperatures(
     patched: Sequence[PatchedModule], saved: Mapping[str, SavedLayer], checkpoint: Checkpoint
 ) -> None:
-    """Gives states that are not yet in force the temperatures that were saved.
+    """Gives states that are not yet in force the temperatures and noise scales that were saved.
 
     Args:
         patched: the layers with their states.
@@ -50,6 +50,7 @@ def set_temperatures(
     learned = checkpoint.learned_tau([saved[name].name for name in learning]) if learning else {}
     for layer, _, state in patched:
         before = saved[layer.name]
+        state.set_noise_scale(before.noise_scale)
         if state.log_tau is not None:
             _set_learned(state, learned[before.name], layer.name)
         elif before.tau is not None:

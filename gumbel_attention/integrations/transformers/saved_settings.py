@@ -10,14 +10,14 @@ from torch import nn
 
 from ...config import GumbelAttentionConfig, check_positive
 from ...version import __version__
-from ..patched_state import CHILD, PatchedState
+from ..patched_state import PatchedState, state_of
 
 KEY = "gumbel_attention"
 """The entry of a saved ``config.json``."""
 FORMAT_VERSION = 1
 RESTORE = "gumbel_attention.from_pretrained"
 _ENTRY = ("format_version", "library_version", "restore", "groups")
-_GROUP = ("config", "tau", "layers")
+_GROUP = ("config", "tau", "noise_scale", "layers")
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
@@ -25,20 +25,21 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         The versions of the format and of the library, what restores them, and ``groups`` of layers that share their
-        settings and their current temperature: the names of their modules in ``model``, the settings, and ``tau``,
-        which is ``None`` where it is learned and lies among the weights.
+        settings, temperature and noise scale: the names of their modules in ``model``, the settings, the current
+        ``noise_scale``, and ``tau``, which is ``None`` where it is learned and lies among the weights.
     """
-    groups: dict[tuple[GumbelAttentionConfig, float | None], list[str]] = {}
+    groups: dict[tuple[GumbelAttentionConfig, float | None, float], list[str]] = {}
     for name, module in model.named_modules():
-        state = getattr(module, CHILD, None)
-        if isinstance(state, PatchedState):
-            groups.setdefault((state.config, _scheduled_tau(state)), []).append(name)
+        state = state_of(module)
+        if state is not None:
+            groups.setdefault((state.config, _scheduled_tau(state), _noise_scale(state)), []).append(name)
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "restore": RESTORE,
         "groups": [
-            {"config": config.to_dict(), "tau": tau, "layers": layers} for (config, tau), layers in groups.items()
+            {"config": config.to_dict(), "tau": tau, "noise_scale": noise_scale, "layers": layers}
+            for (config, tau, noise_scale), layers in groups.items()
         ],
     }
 
@@ -59,13 +60,18 @@ def _scheduled_tau(state: PatchedState) -> float | None:
     return state.config.tau if state.tau.is_meta else state.tau.item()
 
 
+def _noise_scale(state: PatchedState) -> float:
+    return state.config.noise_scale if state.noise_scale.is_meta else state.noise_scale.item()
+
+
 @dataclasses.dataclass(frozen=True)
 class SavedLayer:
-    """One layer as it was saved: its module's name, its settings, and its temperature where that is not learned."""
+    """One layer as it was saved: its module's name and settings, its temperature unless learned, its noise scale."""
 
     name: str
     config: GumbelAttentionConfig
     tau: float | None
+    noise_scale: float
 
 
 def read_settings(entry: Mapping[str, Any], where: str) -> list[SavedLayer]:
@@ -110,10 +116,11 @@ def _unknown_keys(entry: Mapping[str, Any]) -> set[str]:
 
 def _read_group(group: Mapping[str, Any]) -> list[SavedLayer]:
     config = GumbelAttentionConfig.from_dict(group["config"])
-    tau = group["tau"]
+    tau, noise_scale = group["tau"], group["noise_scale"]
+    check_positive("noise_scale", noise_scale, zero_allowed=True)
     if config.learn_tau is None:
         check_positive("tau", tau)
-    return [SavedLayer(name, config, tau) for name in group["layers"]]
+    return [SavedLayer(name, config, tau, noise_scale) for name in group["layers"]]
 
 
 def match_names(saved: Sequence[str], present: Sequence[str], where: str) -> dict[str, str]:

@@ -39,16 +39,24 @@ class GumbelAttentionCallback(TrainerCallback):
         noise: says whether there is noise after so many steps: ``True`` is as the settings and the mode have it,
             ``False`` is off. At the end of training the switch is back where it was. ``None`` leaves it as it is.
 
+        noise_scale: gives what multiplies the noise after so many steps; ``None`` leaves it as it is.
+
     Raises:
         TypeError: an argument is neither ``None`` nor a function of the step.
     """
 
-    def __init__(self, tau: Callable[[int], float] | None = None, noise: Callable[[int], bool] | None = None) -> None:
-        for name, schedule in (("tau", tau), ("noise", noise)):
+    def __init__(
+        self,
+        tau: Callable[[int], float] | None = None,
+        noise: Callable[[int], bool] | None = None,
+        noise_scale: Callable[[int], float] | None = None,
+    ) -> None:
+        for name, schedule in (("tau", tau), ("noise", noise), ("noise_scale", noise_scale)):
             if schedule is not None and not callable(schedule):
                 raise TypeError(f"{name} must be None or a function of the training step, got {schedule!r}.")
         self.tau = tau
         self.noise = noise
+        self.noise_scale = noise_scale
         self._overrides: list[bool | str | None] = []
 
     def attach(self, trainer: Any) -> GumbelAttentionCallback:
@@ -106,7 +114,7 @@ class GumbelAttentionCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the temperatures, and with a schedule of the noise its switch, to the entries of training steps."""
+        """Adds the temperatures, and what else has a schedule, to the entries of training steps."""
         if logs is None or "loss" not in logs:
             return
         entries = _temperatures(patch_of(kwargs["model"]))
@@ -114,6 +122,8 @@ class GumbelAttentionCallback(TrainerCallback):
             entries["tau"] = float(self.tau(state.global_step))
         if self.noise is not None:
             entries["noise"] = float(self.noise(state.global_step))
+        if self.noise_scale is not None:
+            entries["noise_scale"] = float(self.noise_scale(state.global_step))
         logs.update(entries)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(entries)
@@ -139,6 +149,8 @@ class GumbelAttentionCallback(TrainerCallback):
             patch.set_tau(self.tau(step))
         if self.noise is not None:
             patch.noise(None if self.noise(step) else False)
+        if self.noise_scale is not None:
+            patch.set_noise_scale(self.noise_scale(step))
 
 
 def _refuse_decay(patch: ModelPatch, optimizer: torch.optim.Optimizer | None) -> None:
