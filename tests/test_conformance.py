@@ -39,8 +39,6 @@ def known_defect(name: str, arm: str, mask: str, tau: float, dtype: torch.dtype)
         return None
     if name == "sdpa" and mask == "float" and tau < 0.1 and arm == "softmax":
         return "the mask divided by tau is rounded to the query's dtype", True
-    if name == "triton" and arm in HARD and tau < 0.1:
-        return "sums relative to a guess of delta cancel in dQ; their operands are in half precision", False
     return None
 
 

@@ -47,18 +47,28 @@ BOUNDS = [
     ("forward", HARD | {"d": 128}, 22.2, 0),
     ("rows", SOFT | {"d": 128}, 26.1, 0),
     ("columns", HARD | {"d": 128}, 31.2, 0),
+    ("columns", HARD | {"is_causal": True}, 26.0, 0),
+    ("rows", HARD | {"d": 256, "is_causal": True}, 141.0, 160),
+    ("forward", SOFT | {"d": 128, "dtype": torch.float32}, 442.0, 0),
+    ("rows", HARD | {"d": 128, "dtype": torch.float32}, 805.0, 0),
+    ("columns", SOFT | {"d": 128, "dtype": torch.float32}, 686.0, 0),
 ]
 
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Bytes of shared memory that a program may have, by compute capability."""
 
-def kernel_arguments(name: str, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """A kernel of bfloat16 attention with 8 heads, the arguments it would be called with, and its tile."""
+
+def kernel_arguments(name: str, arguments: dict[str, Any], capability: int = 90) -> tuple[Any, dict[str, Any], Any]:
+    """A kernel of attention with 8 heads, the arguments it would be called with, and its tile."""
     from gumbel_attention.impl.triton import launch
 
     arguments = dict(arguments)
-    x = torch.empty(2, 8, 4096, arguments.pop("d", 64), dtype=torch.bfloat16)
+    x = torch.empty(2, 8, 4096, arguments.pop("d", 64), dtype=arguments.pop("dtype", torch.bfloat16))
     problem = attention_problem(x, x, x, seed=1, tau=torch.ones(8), **arguments)
     hard, row = problem.choice.hard, torch.empty(2, 8, 4096)
-    tile = getattr(launch, f"{name}_tile")(x.shape[-1], x.dtype, hard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_shared_memory", lambda device: SHARED_MEMORY[capability])
+        tile = launch.kernel_tile(getattr(launch, f"{name}_tile"), problem)
     kept = {"lse_ptr": None if hard and name == "forward" else row, "index_ptr": row.int() if hard else None}
     gradients = {"d_q_ptr": x, "d_k_ptr": x, "d_v_ptr": x, "d_tau_ptr": None, "d_noise_ptr": None}
     return getattr(launch, f"{name}_kernel"), (
@@ -158,5 +168,55 @@ def test_noise_stays_in_registers(name: str, tmp_path: Path) -> None:
 
 def test_kernels_compile_for_ampere() -> None:
     for name in ("forward", "rows", "columns"):
-        kernel, values, tile = kernel_arguments(name, HARD)
+        kernel, values, tile = kernel_arguments(name, HARD, capability=80)
         assert "HMMA" in compiled(kernel, values, tile, capability=80).asm["sass"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "dtype", "d", "masked"),
+    [
+        *((80, torch.bfloat16, d, False) for d in (64, 128, 256)),
+        *((86, torch.bfloat16, d, masked) for d in (64, 128, 256) for masked in (False, True)),
+        (86, torch.float32, 256, True),
+        (90, torch.bfloat16, 256, False),
+        (90, torch.bfloat16, 256, True),
+    ],
+)
+def test_kernels_fit_into_shared_memory(capability: int, dtype: torch.dtype, d: int, masked: bool) -> None:
+    """Triton refuses a kernel that needs more than the GPU has. A hard choice needs no more than a relaxed one."""
+    arguments: dict[str, Any] = SOFT | {"d": d, "dtype": dtype}
+    if masked:
+        arguments |= {"attn_mask": torch.zeros(4096, 4096), "dropout_p": 0.1}
+    for name in ("forward", "rows", "columns"):
+        kernel, values, tile = kernel_arguments(name, arguments, capability)
+        binary = compiled(kernel, values, tile, capability)
+        assert binary.metadata.shared <= SHARED_MEMORY[capability], name
+
+
+@pytest.mark.parametrize("shared", sorted(set(SHARED_MEMORY.values())))
+def test_tiles_of_queries_divide_each_other(shared: int) -> None:
+    """The column kernel reads by its tiles what the other two wrote by theirs."""
+    from gumbel_attention.impl.triton import sizes
+
+    for d in (16, 64, 65, 128, 129, 256):
+        for dtype in TYPES:
+            for hard in (False, True):
+                forward, rows, columns = (
+                    getattr(sizes, f"{name}_tile")(d, dtype, hard, shared) for name in ("forward", "rows", "columns")
+                )
+                assert forward.q % columns.q == rows.q % columns.q == 0
+                assert all(sizes.PLACES % tile.q == 0 for tile in (forward, rows, columns))
+                assert all(size % sizes.POSITION_BLOCK == 0 for tile in (forward, rows, columns) for size in tile[:2])
+
+
+@pytest.mark.parametrize("name", ["forward", "rows", "columns"])
+def test_offsets_of_heads_have_64_bits(name: str) -> None:
+    """Strides of examples and heads are arguments of 32 bits; their products with indices need more."""
+    kernel, values, tile = kernel_arguments(name, {"hard": False, "attn_mask": torch.zeros(2, 8, 4096, 4096)})
+    ir = compiled(kernel, values, tile).asm["ttir"]
+    strides = ("q", "k", "v", "keep", "bias", "seen") + (() if name == "forward" else ("do",))
+    for stride in (f"{prefix}_{part}" for prefix in strides for part in ("batch", "head")):
+        uses = [line for line in ir.splitlines() if re.search(rf"%{stride}\b(?!:)", line) and "tt.func" not in line]
+        assert uses, stride
+        assert all("arith.extsi" in line and "to i64" in line for line in uses), (stride, uses)

@@ -105,8 +105,11 @@ def columns_kernel(
     values = Matrix(v_ptr + b * v_batch + kv_head * v_head, v_row)
     if KEEP != ABSENT:
         seen_ptr += b * seen_batch + kv_head * seen_head
-    k = load_seen_rows(keys, j_first, k_len, seen_ptr, D, BLOCK_K, BLOCK_D, KEEP != ABSENT)
-    v = load_seen_rows(values, j_first, k_len, seen_ptr, DV, BLOCK_K, BLOCK_DV, KEEP != ABSENT)
+    k_end = k_len
+    if CAUSAL:
+        k_end = tl.maximum(tl.minimum(k_len, q_len + reach), 0)  # later keys no query sees
+    k = load_seen_rows(keys, j_first, k_end, seen_ptr, D, BLOCK_K, BLOCK_D, KEEP != ABSENT)
+    v = load_seen_rows(values, j_first, k_end, seen_ptr, DV, BLOCK_K, BLOCK_DV, KEEP != ABSENT)
     d_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_DV), tl.float32) if not HARD else 0.0
     d_k_tau = tl.load(tau_ptr + first_head * tau_stride)
