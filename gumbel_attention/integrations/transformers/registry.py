@@ -115,17 +115,22 @@ def gumbel_attention_forward(
         scaling,
         softcap=softcap,
         sinks=sinks if s_aux is None else s_aux,
-        need_weights=_weights_wanted(module, kwargs),
+        need_weights=_weights_wanted(module, state.config.impl, kwargs),
     )
     return info.output.transpose(1, 2).contiguous(), info.weights
 
 
-def _weights_wanted(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether somebody may look at the weights: only a model that says what it records can say that nobody does."""
+def _weights_wanted(module: Any, impl: str, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody may look at the weights: only a model that says what it records can say that nobody does.
+
+    Where it does not say, an implementation that was asked for by name and holds no weights gives none.
+    """
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         return True
     collected = _active_collector.get()
-    return collected is None or any("attentions" in name for name in collected)
+    if collected is None:
+        return impl in ("auto", "reference")
+    return any("attentions" in name for name in collected)
 
 
 def _none_means_causal(module: nn.Module, convention: str, is_causal: bool | None) -> bool:
