@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem& p) {
         const int64_t n = columns.count(), offset = columns.offset(f);
         multiply(false, true, block.rows(), n, f.dim, query.at(b, h, block.q()), query.row,
                  key.at(b, h / group, columns.j0), key.row, 0.0f, w.y + block.first * w.stride + offset, w.stride);
-        w.pairs(f, block, columns, 0, [&](const Place& at, Row* const(&pair)[2]) {
+        w.pairs(f, block, columns, 0, 0, [&](const Place& at, Row* const(&pair)[2]) {
           with_flags(p.noise, columns.masked, [&](auto noise, auto masked) {
             if (p.hard) choose<noise(), masked()>(head, at, pair, c);
             else score<noise(), masked()>(head, at, pair);
@@ -153,6 +153,11 @@ void scatter(const Problem& p, const Saved& s, const Head& head, const Block& bl
 int64_t kept_tiles(const Problem& p) {
   return p.hard ? std::max<int64_t>(kScores / p.field.block / kKeys, 1) : 1;
 }
+// The tiles of dO.V: all if there is room for as many again, as then no product is computed twice.
+int64_t kept_gradients(const Problem& p) {
+  const int64_t tiles = p.field.tiles(kKeys);
+  return p.hard && 2 * tiles <= kept_tiles(p) ? std::max<int64_t>(tiles, 1) : 1;
+}
 
 // The gradients of one block of queries. A hard choice's delta is known when all keys were seen: a second sweep, from
 // the last tile back, takes what the first has kept of the scores, and draws again what it has not.
@@ -160,14 +165,16 @@ void backward_block(const Problem& p, const Saved& s, const Head& head, const Bl
                     const Sums& sums) {
   const Field& f = p.field;
   const Matrix query(p.query), key(p.key), value(p.value), grad(s.grad);
-  const int64_t kv = block.h / (f.heads / f.kv_heads), rows = block.rows(), kept = kept_tiles(p);
+  const int64_t kv = block.h / (f.heads / f.kv_heads), rows = block.rows();
+  const int64_t kept = kept_tiles(p), kept_d = kept_gradients(p);
   const float *q = query.at(block.b, block.h, block.q()), *g = grad.at(block.b, block.h, block.q());
   recall(p, s, head, block, w.rows);
   auto in_y = [&](const Columns& columns) { return columns.begin / kKeys % kept * kKeys; };
+  auto in_d = [&](const Columns& columns) { return columns.begin / kKeys % kept_d * kKeys; };
   auto y_of = [&](const Columns& columns) {
     return w.y + block.first * w.stride + in_y(columns) + columns.offset(f);
   };
-  auto d_of = [&](const Columns& columns) { return w.d + block.first * w.tile + columns.offset(f); };
+  auto d_of = [&](const Columns& columns) { return w.d + block.first * w.tile + in_d(columns) + columns.offset(f); };
   auto multiply_values = [&](const Columns& columns) {
     multiply(false, true, rows, columns.count(), f.v_dim, g, grad.row, value.at(block.b, kv, columns.j0), value.row,
              0.0f, d_of(columns), w.tile);
@@ -178,11 +185,11 @@ void backward_block(const Problem& p, const Saved& s, const Head& head, const Bl
              y_of(columns), w.stride);
     multiply_values(columns);
     for (int64_t r = block.first; r < block.last; ++r) {  // columns of no key: whatever lies there, 0 * NaN is NaN
-      float* d = w.d + r * w.tile;
+      float* d = w.d + r * w.tile + in_d(columns);
       std::fill(d, d + offset, 0.0f);
       std::fill(d + offset + n, d + columns.end - columns.begin, 0.0f);
     }
-    w.pairs(f, block, columns, in_y(columns), [&](const Place& place, Row* const(&pair)[2]) {
+    w.pairs(f, block, columns, in_y(columns), in_d(columns), [&](const Place& place, Row* const(&pair)[2]) {
       with_flags(p.noise, columns.masked, [&](auto noise, auto masked) {
         if (hard) weigh<noise(), masked(), true>(head, place, pair, p.drops(), parameters);
         else weigh<noise(), masked(), false>(head, place, pair, p.drops(), parameters);
@@ -217,9 +224,9 @@ void backward_block(const Problem& p, const Saved& s, const Head& head, const Bl
     if (c <= last - kept * kKeys) {
       sweep(columns, false, false);
     } else {
-      if (c < last) multiply_values(columns);  // those of the last tile are still there
+      if (c < last && kept_d == 1) multiply_values(columns);  // those of the last tile are still there
       for (int64_t r = block.first; r < block.last; ++r) {
-        w.rows[r].y = w.y + r * w.stride + in_y(columns), w.rows[r].d = w.d + r * w.tile;
+        w.rows[r].y = w.y + r * w.stride + in_y(columns), w.rows[r].d = w.d + r * w.tile + in_d(columns);
         differentiate(head, w.rows[r], columns.end - columns.begin, p.drops());
       }
     }
@@ -245,7 +252,8 @@ Gradients backward(const Problem& p, const Saved& s) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     turns.share([&] {
       const int64_t columns = f.k_len + f.k_shift;
-      Workspace w(f.block, std::min(kKeys, columns), std::min(kKeys * kept_tiles(p), columns), true);
+      Workspace w(f.block, std::min(kKeys * kept_gradients(p), columns), std::min(kKeys * kept_tiles(p), columns),
+                  true);
       for (Claim claim; claims.take(claim);) {
         // Blocks that see fewer keys come later: those that take a turn are the first ones of the head, without gaps.
         const int64_t b = claim.head / f.kv_heads, n = blocks - 1 - claim.n / group;
@@ -308,7 +316,9 @@ Gradients backward_op(const Tensor& grad, const Tensor& output, const Tensor& to
                       const Tensor& index, bool parameters, GUMBEL_PROBLEM) {
   Problem p = problem(GUMBEL_ARGUMENTS);
   const int64_t whole_rows = kScores / std::max<int64_t>(p.field.k_len, 1) / kGroup * kGroup;
-  if (hard && whole_rows >= kFewRows) p.field.block = std::min(p.field.block, whole_rows);
+  const int64_t with_gradients = whole_rows / 2 / kGroup * kGroup;
+  const int64_t fitting = with_gradients >= 2 * kFewRows ? with_gradients : whole_rows;
+  if (hard && whole_rows >= kFewRows) p.field.block = std::min(p.field.block, fitting);
   return backward(p, Saved{with_rows(grad), output, top, log_sum, index, parameters});
 }
 

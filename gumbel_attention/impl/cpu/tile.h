@@ -139,7 +139,7 @@ struct Columns {
   int64_t offset(const Field& f) const { return j0 + f.k_shift - begin; }  // of key j0 in the tile
 };
 
-// Memory of one thread: one or more tiles of scores, a tile of their gradients, the mask of two rows, and the state of
+// Memory of one thread: one or more tiles of scores and of their gradients, the mask of two rows, and the state of
 // the rows.
 struct Workspace {
   int64_t stride, tile;  // from row to row of y, and of d and the mask
@@ -158,9 +158,9 @@ struct Workspace {
   static int64_t padded(int64_t columns) { return (columns + kStep - 1) / kStep * kStep + kGroup; }
 
   // Calls sweep(place, pair of rows) for all pairs of rows of which one is in the block; their scores lie in y from
-  // `column` on.
+  // column in_y on, and their gradients in d from in_d on.
   template <typename Sweep>
-  void pairs(const Field& f, const Block& block, const Columns& columns, int64_t column, Sweep&& sweep) {
+  void pairs(const Field& f, const Block& block, const Columns& columns, int64_t in_y, int64_t in_d, Sweep&& sweep) {
     const int64_t length = columns.end - columns.begin;
     for (int64_t r = 0; r < f.block; r += (r & 7) == 7 ? 9 : 1) {
       const bool used[2] = {r >= block.first && r < block.last, r + 8 >= block.first && r + 8 < block.last};
@@ -168,8 +168,8 @@ struct Workspace {
       Row* const pair[2] = {&rows[r], &rows[r + 8]};
       for (int i = 0; i < 2; ++i) {
         const int64_t row = r + 8 * i;
-        pair[i]->y = y + row * stride + column;
-        pair[i]->d = d == nullptr ? nullptr : d + row * tile;
+        pair[i]->y = y + row * stride + in_y;
+        pair[i]->d = d == nullptr ? nullptr : d + row * tile + in_d;
         pair[i]->mask = mask + i * tile;
         if (columns.masked)
           f.mask_row(block.b, block.h, used[i] ? block.q0 + row : -1, columns.begin, length, mask + i * tile);
