@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-triton test-models test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest benchmark check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
@@ -41,7 +41,11 @@ test-triton: $(STAMP)
 	PYTHONPATH=$(VENV)/triton $(RUN) -m pytest tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_triton_compiled.py
 
 test-models: $(STAMP)
-	$(RUN) -m pytest tests/architectures --all-architectures
+	$(RUN) -m pytest tests/architectures/test_architectures.py --all-architectures --support-table results/support/table.md
+
+# As test-models, and vision, speech and multimodal architectures besides: about twenty minutes more.
+test-modalities: $(STAMP)
+	$(RUN) -m pytest tests/architectures --all-architectures --support-table results/support/table.md
 
 # The release that pyproject.toml names as the lowest, with what it needs that the environment has in other versions.
 test-lowest: $(STAMP)

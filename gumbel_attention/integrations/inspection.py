@@ -16,6 +16,8 @@ _SOFTMAX = re.compile(r"\b(softmax|Softmax|scaled_dot_product_attention)\(")
 _NAME = re.compile("attention|attn", re.IGNORECASE)
 _PACKAGE = re.compile(r"\.models\.(\w+)\.")
 _SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+Way = Literal["registry", "rewrite", "both"]
+_WAYS: WeakKeyDictionary[type, Way | None] = WeakKeyDictionary()
 
 NO_SOFTMAX = {
     "mamba": "a state space model has no attention weights",
@@ -30,9 +32,11 @@ NO_SOFTMAX = {
     "ibert": "its softmax is integer arithmetic on quantised scores, which is not torch's softmax",
 }
 """Architectures of transformers without a softmax that could be replaced, and why."""
+NOT_OVER_TOKENS = ("Inkling2BlockAttentionResidual",)
+"""Classes whose softmax weighs something else than tokens: the layers of one token, for example."""
 
 
-def way_in(cls: type[nn.Module]) -> Literal["registry", "rewrite", "both"] | None:
+def way_in(cls: type[nn.Module]) -> Way | None:
     """How the attention of modules of this class is reached.
 
     Returns:
@@ -40,7 +44,13 @@ def way_in(cls: type[nn.Module]) -> Literal["registry", "rewrite", "both"] | Non
         own; ``"both"``: either, by a setting or from call to call; ``None``: there is nothing to replace.
     """
     cls = original(cls)
-    if architecture(cls) in NO_SOFTMAX:
+    if cls not in _WAYS:
+        _WAYS[cls] = _way_in(cls)
+    return _WAYS[cls]
+
+
+def _way_in(cls: type[nn.Module]) -> Way | None:
+    if architecture(cls) in NO_SOFTMAX or cls.__name__ in NOT_OVER_TOKENS:
         return None
     by_registry, by_rewriting = dispatches(cls), bool(softmax_calls(cls))
     if by_registry and by_rewriting:
@@ -53,7 +63,7 @@ def way_in(cls: type[nn.Module]) -> Literal["registry", "rewrite", "both"] | Non
 def why_not(cls: type[nn.Module]) -> str | None:
     """Why a class that looks like attention cannot be reached; ``None`` where it can or does not look like it."""
     cls = original(cls)
-    if way_in(cls) is not None:
+    if way_in(cls) is not None or cls.__name__ in NOT_OVER_TOKENS:
         return None
     if issubclass(cls, nn.MultiheadAttention):
         return "torch computes its softmax inside nn.MultiheadAttention: exchange it for GumbelMultiheadAttention"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class PatchedState(AttentionState):
         _forget_check(module)
         delattr(module, CHILD)
 
+    def follow(self, parent: nn.Module, name: str) -> None:
+        """Stays in force where ``parent`` exchanges its attention ``name`` while it runs, as BigBird's layers do."""
+        if hasattr(parent, "set_attention_type"):
+            parent.register_forward_pre_hook(functools.partial(_move_along, self, name))
+
     def note_run(self) -> None:
         """Notes that Gumbel attention ran; compilers do not see it."""
         if not torch.compiler.is_compiling():
@@ -60,6 +66,20 @@ def state_of(module: nn.Module) -> PatchedState | None:
         name = next(iter(child.active_adapters), "")
         child = child.original_module if child.disable_adapters or name not in copies else copies[name]
     return child if isinstance(child, PatchedState) else None
+
+
+def _move_along(state: PatchedState, name: str, parent: nn.Module, args: object) -> None:
+    """A forward pre-hook of a module that exchanges its attention: the state enters the one that is there now."""
+    now = getattr(parent, name)
+    if state_of(now) is not state:
+        state.enter(now)
+
+
+def stop_following(parent: nn.Module, state: PatchedState) -> None:
+    """Undoes :meth:`PatchedState.follow`."""
+    for key, hook in list(parent._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _move_along and hook.args[0] is state:
+            del parent._forward_pre_hooks[key]
 
 
 def _check_ran(module: nn.Module, args: object, output: object) -> None:

@@ -98,7 +98,10 @@ def resolve(node: ast.expr, function: types.FunctionType) -> Any:
     """What a dotted name means among the globals of a function; ``None`` where it is local or unknown."""
     if isinstance(node, ast.Attribute):
         owner = resolve(node.value, function)
-        return None if owner is None else getattr(owner, node.attr, None)
+        try:
+            return None if owner is None else getattr(owner, node.attr, None)
+        except Exception:  # such as torch.classes, whose lookup of an unknown name raises RuntimeError
+            return None
     code = function.__code__
     if not isinstance(node, ast.Name) or node.id in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
         return None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...selection import PatchedLayer
-from ..patched_state import PatchedState, state_of
+from ..patched_state import PatchedState, state_of, stop_following
 from ..rewriting import notes
 from .model_views import refresh_views
 
@@ -32,9 +32,11 @@ class ModelPatch:
     def put_in(cls, model: nn.Module, patched: Sequence[PatchedModule]) -> ModelPatch:
         """Patches the modules with their states, as the latest patch of the model."""
         number = 1 + max((state.patch_number for state in _states_in(model)), default=0)
-        for _, module, state in patched:
+        for layer, module, state in patched:
             state.patch_number = number
             state.enter(module)
+            parent, _, name = layer.name.rpartition(".")
+            state.follow(model.get_submodule(parent), name)
         refresh_views(model)
         return cls(model, patched)
 
@@ -134,13 +136,16 @@ class ModelPatch:
                 f"this is patch {own} of the model and there is a patch {newest}: remove them in reverse order, the "
                 "latest first."
             )
-        for _, module, state in reversed(self._patched):
-            state.leave(module)
+        for layer, _, state in reversed(self._patched):
+            state.leave(self._model.get_submodule(layer.name))
+            stop_following(self._model.get_submodule(layer.name.rpartition(".")[0]), state)
         refresh_views(self._model)
         self._patched = []
 
     def _check_in_force(self) -> None:
-        if not self._patched or any(state_of(module) is not state for _, module, state in self._patched):
+        if not self._patched or any(
+            state_of(self._model.get_submodule(layer.name)) is not state for layer, _, state in self._patched
+        ):
             raise RuntimeError(
                 "this patch has been removed, or PEFT has put copies in its place: patch the model again with "
                 "patch_model(model, config), or take the handle that gumbel_attention.patch_of(model) gives."

@@ -17,8 +17,9 @@ from ..rewriting import notes
 from ..rewritten_softmax import SoftmaxState
 from .checkpoints import Checkpoint
 from .config_view import plain_config
+from .mask_arguments import MASK_CONVENTIONS
 from .patch import ModelPatch, PatchedModule
-from .registry import MASK_CONVENTIONS, RegistryState
+from .registry import RegistryState
 from .restoring import carried, set_temperatures
 from .saved_settings import SavedLayer, match_names
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
@@ -17,10 +16,10 @@ from transformers.utils.output_capturing import _active_collector
 
 from ...attend import attend
 from ..patched_state import PatchedState, state_of
-from .config_view import config_view, plain_config
-from .masks import CAUSAL_PADDING, NAME
+from .config_view import config_view
+from .mask_arguments import mask_and_causal, only_blocks, only_keys, with_bias, with_sink_key
+from .masks import NAME
 
-MASK_CONVENTIONS = ("eager", "sdpa")
 REFUSED = ("cache", "head_mask")
 
 
@@ -77,7 +76,8 @@ def gumbel_attention_forward(
         position_bias: added to the scores.
         softcap: bounds the scores by a tanh.
         s_aux: (H,) attention sinks.
-        sinks: (H,) attention sinks, under another name.
+        sinks: the same under another name; or (B, H, Lq, 1), for each query its own, which then takes part as a
+            key at position Lk without value.
         indices: (B, Lq, K), the only keys that a query may attend to.
         block_indices: the only blocks of keys, as the module's own indexer reads them.
         **kwargs: what else models pass; ignored, but for what would change the result, which is refused.
@@ -98,26 +98,32 @@ def gumbel_attention_forward(
             f"{type(module).__name__}; ignoring them would change the result. Remove the patch for this use."
         )
     state.note_run()
-    attention_mask, causal = _mask_and_causal(module, query, key, attention_mask, is_causal)
+    attention_mask, causal = mask_and_causal(module, query, key, attention_mask, is_causal)
     if indices is not None:
-        attention_mask = _only_keys(indices, attention_mask, key.shape[-2])
+        attention_mask = only_keys(indices, attention_mask, key.shape[-2])
     if block_indices is not None:
-        attention_mask, causal = _only_blocks(module, block_indices, attention_mask, causal, query, key, kwargs), False
+        attention_mask, causal = only_blocks(module, block_indices, attention_mask, causal, query, key, kwargs), False
+    attention_mask = with_bias(attention_mask, position_bias, key.shape[-2])
+    sinks = sinks if s_aux is None else s_aux
+    k_len = key.shape[-2]
+    if sinks is not None and sinks.ndim == 4:
+        key, value, attention_mask = with_sink_key(sinks, key, value, attention_mask, causal)
+        sinks, causal = None, False
     info = attend(
         state,
         module.training,
         query,
         key,
         value,
-        _with_bias(attention_mask, position_bias, key.shape[-2]),
+        attention_mask,
         dropout,
         causal,
         scaling,
         softcap=softcap,
-        sinks=sinks if s_aux is None else s_aux,
+        sinks=sinks,
         need_weights=_weights_wanted(module, state.config.impl, kwargs),
     )
-    return info.output.transpose(1, 2).contiguous(), info.weights
+    return info.output.transpose(1, 2).contiguous(), None if info.weights is None else info.weights[..., :k_len]
 
 
 def _weights_wanted(module: Any, impl: str, kwargs: dict[str, Any]) -> bool:
@@ -131,97 +137,6 @@ def _weights_wanted(module: Any, impl: str, kwargs: dict[str, Any]) -> bool:
     if collected is None:
         return impl in ("auto", "reference")
     return any("attentions" in name for name in collected)
-
-
-def _none_means_causal(module: nn.Module, convention: str, is_causal: bool | None) -> bool:
-    """Whether a missing mask stands for a causal one: so with the model's sdpa masks, never with its eager ones."""
-    flag = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return convention == "sdpa" and bool(flag)
-
-
-def _mask_convention(module: Any) -> str:
-    """The implementation the model builds its masks for. Others' are refused: flash's has the shape (B, Lk)."""
-    convention = plain_config(module.config)._attn_implementation or "eager"
-    if convention not in MASK_CONVENTIONS:
-        raise RuntimeError(
-            f"a patched model builds its masks for {convention!r}, expected one of {MASK_CONVENTIONS}: call "
-            "model.set_attn_implementation('sdpa')."
-        )
-    return convention
-
-
-def _whole_padding(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The padding that a causal padding mask says, as bool; it is made for whole sequences only."""
-    if mask.shape[-2] != 1 or mask.shape[-1] != key.shape[-2] or query.shape[-2] != key.shape[-2]:
-        raise RuntimeError(
-            f"a causal padding mask must have the shape (B, 1, 1, {key.shape[-2]}) and belong to as many queries, got "
-            f"{tuple(mask.shape)} and {query.shape[-2]} queries: the model changed its mask. Build the model with "
-            "attn_implementation='eager', whose masks say every entry."
-        )
-    return mask.to(torch.bool)
-
-
-def _mask_and_causal(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
-) -> tuple[Tensor | None, bool]:
-    """The mask as attention takes it, no longer than the keys, and whether a query sees no later key besides."""
-    convention = _mask_convention(module)
-    if mask is None:
-        return None, query.shape[2] > 1 and _none_means_causal(module, convention, is_causal)
-    mask = mask[..., : key.shape[-2]]
-    if mask.dtype == CAUSAL_PADDING:
-        return _whole_padding(mask, query, key), True
-    return mask, False
-
-
-def _only_keys(indices: Tensor, mask: Tensor | None, k_len: int) -> Tensor:
-    """A mask that leaves of the keys only those that ``indices`` (B, Lq, K) names."""
-    named = indices.new_zeros((*indices.shape[:2], k_len), dtype=torch.bool)
-    return _with_keep(mask, named.scatter(-1, indices.long(), True)[:, None])
-
-
-def _only_blocks(
-    module: Any,
-    block_indices: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    query: Tensor,
-    key: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """The additive mask that the module's own indexer builds of the blocks it chose."""
-    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
-    if build is None:
-        raise NotImplementedError(
-            f"{type(module).__name__} passes block_indices and has no indexer that builds a mask of them; ignoring "
-            "them would change the result. Remove the patch for this layer."
-        )
-    q_len, k_len = query.shape[-2], key.shape[-2]
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None:
-        position_ids = torch.arange(k_len - q_len, k_len, device=query.device)
-    position_ids = position_ids.expand(query.shape[0], -1)
-    if causal:
-        mask = _with_keep(mask, position_ids[:, None, :, None] >= torch.arange(k_len, device=query.device))
-    built: Tensor = build(block_indices, mask, k_len, query.dtype, query.device, position_ids)
-    return built
-
-
-def _with_keep(mask: Tensor | None, keep: Tensor) -> Tensor:
-    """A mask of which only ``keep`` takes part."""
-    if mask is None:
-        return keep
-    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
-
-
-def _with_bias(mask: Tensor | None, bias: Tensor | None, k_len: int) -> Tensor | None:
-    """A mask and a learned bias (cut to the number of keys) as one additive mask."""
-    if bias is None:
-        return mask
-    bias = bias[..., :k_len]
-    if mask is None:
-        return bias
-    return bias + mask if mask.is_floating_point() else _with_keep(bias, mask)
 
 
 AttentionInterface.register(NAME, gumbel_attention_forward)
