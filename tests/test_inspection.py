@@ -114,7 +114,7 @@ REAL = {
     "gpt2.GPT2Attention": "both",  # with reorder_and_upcast_attn it computes its own
     "bloom.BloomAttention": "rewrite",
     "xlm.MultiHeadAttention": "rewrite",
-    "inkling2.Inkling2BlockAttentionResidual": "rewrite",
+    "inkling2.Inkling2BlockAttentionResidual": None,
     "sam2.Sam2MultiScaleAttention": "registry",  # beside a softmax whose result nobody reads
     "sam.SamVisionSdpaAttention": "rewrite",
     "doge.DogeCDMoE": None,

@@ -72,7 +72,7 @@ def why_not(cls: type[nn.Module]) -> str | None:
         return None
     if known is not None:
         return known
-    if any(_SOFTMAX.search(_source(base)) for base in _bases(cls)):
+    if any(_SOFTMAX.search(source_of(base)) for base in _bases(cls)):
         return "its softmax is not taken over scores of queries and keys"
     return None
 
@@ -89,7 +89,7 @@ def dispatches(cls: type[nn.Module]) -> bool:
     The first class, of those it inherits from, that either dispatches or has a forward with its own softmax decides.
     """
     for base in _bases(cls):
-        source = _source(base)
+        source = source_of(base)
         if _DISPATCH.search(source):
             return True
         if "forward" in vars(base) and _SOFTMAX.search(source):
@@ -101,7 +101,8 @@ def _bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if base not in (nn.Module, object)]
 
 
-def _source(cls: type) -> str:
+def source_of(cls: type) -> str:
+    """The source of a class; empty where it cannot be read."""
     if cls not in _SOURCES:
         try:
             _SOURCES[cls] = inspect.getsource(cls)

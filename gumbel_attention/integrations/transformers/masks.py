@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ..inspection import way_in, why_not
+from ..inspection import source_of, way_in, why_not
 
 NAME = "gumbel_attention"
 """Ours in transformers' registries of attention functions and of mask functions."""
@@ -30,7 +28,6 @@ _LOOKS_AT_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\b)")
 _CALCULATES = re.compile(
     r"[+&*~]\s*attention_mask\b(?!\[)|\battention_mask\s*([+&]|==\s*0|\.masked_fill|\.dtype\s*==)"
 )
-_SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()
 
 
 def compact_mask(
@@ -110,22 +107,13 @@ def _attends(module: nn.Module) -> bool:
 
 def _calculates(cls: type[nn.Module]) -> bool:
     """Whether modules of this class calculate with masks; of those reached by both ways it is what we replace."""
-    return way_in(cls) != "both" and bool(_CALCULATES.search(_source(cls)))
+    return way_in(cls) != "both" and bool(_CALCULATES.search(source_of(cls)))
 
 
 def _builds_masks(cls: type[nn.Module]) -> bool:
     """Whether a model of this class calls transformers' mask functions, and asks for no implementation by name."""
-    source = _source(cls)
+    source = source_of(cls)
     return bool(_BUILDS_MASKS.search(source)) and not _LOOKS_AT_NAME.search(source)
-
-
-def _source(cls: type[nn.Module]) -> str:
-    if cls not in _SOURCES:
-        try:
-            _SOURCES[cls] = inspect.getsource(cls) if cls.__module__.partition(".")[0] != "torch" else ""
-        except (OSError, TypeError):  # defined where no file can be read
-            _SOURCES[cls] = ""
-    return _SOURCES[cls]
 
 
 AttentionMaskInterface.register(NAME, compact_mask)
