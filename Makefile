@@ -12,6 +12,7 @@ help:
 	@echo "make test-fast   without the tests that take more than ten seconds"
 	@echo "make test-triton the GPU kernels by Triton's interpreter, and compiled for sm_80 and sm_90; needs no GPU"
 	@echo "make test-models every text architecture of the installed transformers, built tiny, patched and compared"
+	@echo "make test-modalities  the same for vision, speech and multimodal architectures: which can be patched"
 	@echo "make test-lowest the patches on the lowest supported release of transformers"
 	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
@@ -43,9 +44,9 @@ test-triton: $(STAMP)
 test-models: $(STAMP)
 	$(RUN) -m pytest tests/architectures/test_architectures.py --all-architectures --support-table results/support/table.md
 
-# As test-models, and vision, speech and multimodal architectures besides: about twenty minutes more.
 test-modalities: $(STAMP)
-	$(RUN) -m pytest tests/architectures --all-architectures --support-table results/support/table.md
+	$(RUN) -m pytest tests/architectures/test_other_modalities.py --all-architectures \
+		--support-table results/support/modalities.md
 
 # The release that pyproject.toml names as the lowest, with what it needs that the environment has in other versions.
 test-lowest: $(STAMP)

@@ -67,10 +67,10 @@ class Recorder:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Prints the sum, and writes the table where one was asked for."""
-        if not self.found:
+        if not self.found and not self.others:
             return
         terminalreporter.section("architectures")
-        for line in [*summary(self.found.values()), *other_summary(self.others)]:
+        for line in [*(summary(self.found.values()) if self.found else []), *other_summary(self.others)]:
             terminalreporter.write_line(line)
         path = self.config.getoption("--support-table", default=None)
         if path is not None:
@@ -120,7 +120,20 @@ def _other_rows(others: dict[str, Found]) -> list[str]:
 
 
 def table(found: dict[str, Found], others: dict[str, Found]) -> str:
-    """The support table in Markdown."""
+    """The support table in Markdown: of text architectures, of the other modalities, or of both."""
+    head = [
+        "# Architectures under patch_model",
+        "",
+        f"transformers {hf.__version__}, torch {torch.__version__}. Written by "
+        f"`make test-{'models' if found else 'modalities'}`.",
+        "",
+    ]
+    text = _text_part(found) if found else []
+    rest = ["", *(f"- {line}" for line in other_summary(others)), "", *_other_rows(others)] if others else []
+    return "\n".join([*head, *text, *rest]) + "\n"
+
+
+def _text_part(found: dict[str, Found]) -> list[str]:
     notes: list[str] = []
     rows = [
         "| model type | attention modules | way | reached | checks passed | exceptions |",
@@ -145,17 +158,5 @@ def table(found: dict[str, Found], others: dict[str, Found]) -> str:
             " ".join(sorted(set(remarks))),
         )
         rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    head = [
-        "# Architectures under patch_model",
-        "",
-        f"transformers {hf.__version__}, torch {torch.__version__}. Written by "
-        f"`make test-{'modalities' if others else 'models'}`.",
-        "",
-        *(f"{line}." for line in summary(found.values())[:1]),
-        "",
-    ]
-    tail = ["", *(f"[{number}] {note}  " for number, note in enumerate(notes, 1))]
-    if others:
-        tail += ["", "## Vision, speech and multimodal", "", *(f"- {line}" for line in other_summary(others)), ""]
-        tail += _other_rows(others)
-    return "\n".join(head + rows + tail) + "\n"
+    head = [*(f"{line}." for line in summary(found.values())[:1]), ""]
+    return [*head, *rows, "", *(f"[{number}] {note}  " for number, note in enumerate(notes, 1))]
