@@ -23,26 +23,29 @@ def check_tensor(name: str, x: object) -> None:
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     """Raises TypeError or ValueError unless the three tensors fit together as scaled_dot_product_attention's do."""
     named = (("query", query), ("key", key), ("value", value))
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
+
+    def shapes() -> str:
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
+
     if len({x.dtype for _, x in named}) > 1:
         raise TypeError(f"query, key and value must share a dtype, got {[x.dtype for _, x in named]}.")
     if len({x.device for _, x in named}) > 1:
         raise ValueError(f"query, key and value must be on one device, got {[str(x.device) for _, x in named]}.")
     if len({x.ndim for _, x in named}) > 1 or query.ndim < 2:
-        raise ValueError(f"query, key and value must have the same number (>= 2) of dimensions, got {shapes}.")
+        raise ValueError(f"query, key and value must have the same number (>= 2) of dimensions, got {shapes()}.")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same last dimension, got {shapes}.")
+        raise ValueError(f"query and key must have the same last dimension, got {shapes()}.")
     if key.shape[-2] != value.shape[-2] or key.shape[:-2] != value.shape[:-2]:
-        raise ValueError(f"key and value must have the same length and leading dimensions, got {shapes}.")
+        raise ValueError(f"key and value must have the same length and leading dimensions, got {shapes()}.")
     if key.shape[-2] == 0 or 0 in key.shape[-3:-2]:
-        raise ValueError(f"there must be at least one key and one head, got {shapes}.")
+        raise ValueError(f"there must be at least one key and one head, got {shapes()}.")
     if enable_gqa and query.ndim >= 3:
         heads, kv_heads = query.shape[-3], key.shape[-3]
         if query.shape[:-3] != key.shape[:-3] or kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"with enable_gqa, query heads must be a multiple of key heads, got {shapes}.")
+            raise ValueError(f"with enable_gqa, query heads must be a multiple of key heads, got {shapes()}.")
     elif query.shape[:-2] != key.shape[:-2]:
         hint = " Grouped-query attention needs enable_gqa=True." if query.ndim >= 3 else ""
-        raise ValueError(f"query, key and value must have the same leading dimensions, got {shapes}.{hint}")
+        raise ValueError(f"query, key and value must have the same leading dimensions, got {shapes()}.{hint}")
 
 
 def check_mask(name: str, mask: object, full: Sequence[int], device: torch.device) -> None:

@@ -218,7 +218,7 @@ def gumbel_attention_with_info(
     lead = query.shape[:-2]
 
     def as_given(x: Tensor) -> Tensor:
-        return x.reshape(*lead, *x.shape[2:])
+        return x if x.shape[:2] == lead else x.reshape(*lead, *x.shape[2:])
 
     rest = (None if x is None else as_given(x) for x in info[1:])
     return AttentionInfo(as_given(info.output), *rest)

@@ -58,13 +58,13 @@ def extra_memory(name: str, length: int) -> int:
 @needs_kernels
 @needs_proc
 def test_memory_is_that_of_the_attention_of_torch() -> None:
-    """A second copy of dK and dV would make it 1.4 times that much; four copies, 2.5."""
+    """A second copy of dK and dV would add 2 MiB: 1.3 times as much (soft), 1.55 (hard, with a buffer per thread)."""
     torch.set_num_threads(2)
     length = 4096
-    bar = 1.2 * extra_memory("sdpa", length)
+    torchs = extra_memory("sdpa", length)
     results = 4 * length * 64 * 4
-    for arm in ("gumbel-soft", "gumbel-st"):
-        assert results < extra_memory(f"cpu {arm}", length) < bar, arm
+    for arm, bar in (("gumbel-soft", 1.15), ("gumbel-st", 1.35)):
+        assert results < extra_memory(f"cpu {arm}", length) < bar * torchs, arm
 
 
 @needs_kernels

@@ -173,3 +173,16 @@ def test_a_model_that_calculates_with_the_compact_mask_raises() -> None:
     for calculate in (lambda m: m + torch.ones(6), lambda m: ~m, lambda m: m & torch.ones(6).bool(), lambda m: 1 - m):
         with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
             calculate(compact)
+
+
+def test_a_causal_model_that_is_switched_to_eager_after_patching_stays_causal() -> None:
+    model = build("llama", "sdpa")
+    ga.patch_model(model, PLAIN)
+    model.set_attn_implementation("eager")
+    batch = inputs(model)
+    before = logits(model, batch)
+    torch.testing.assert_close(before, logits(build("llama", "eager"), batch), rtol=0, atol=1e-5)
+    batch["input_ids"][:, -1] += 1
+    assert torch.equal(logits(model, batch)[:, :-1], before[:, :-1])
+    model.set_attn_implementation("sdpa")
+    assert model.model.config._attn_implementation == "gumbel_attention"

@@ -283,3 +283,45 @@ def test_the_noise_scale_is_state_that_moves_without_recompiling_anything_else()
     without = ga.patch_model(model, ga.GumbelAttentionConfig(noise_scale=0.0))
     with pytest.raises(RuntimeError, match="noise_scale=0"):
         without.set_noise_scale(1.0)
+
+
+@pytest.mark.parametrize(("config", "length"), [(ga.GumbelAttentionConfig(noise="none"), 7), (SOFT, 64)])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_checkpointing_repeats_what_the_forward_pass_took(name, config, length):
+    model = trained(name, "sdpa")
+    ga.patch_model(model, config)
+    batch = inputs(model, "right", length)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(**batch).logits.float().square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    newer = hasattr(model, "activation_checkpointing_enable")  # renamed in transformers 5.2x
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    assert worst_difference(gradients(), want) < 1e-5
+
+
+def test_the_attentions_a_model_returns_are_those_its_output_comes_from():
+    model = trained("bert", "eager")
+    ga.patch_model(model, ga.GumbelAttentionConfig(noise="none"))
+    result = model(**inputs(model), output_attentions=True)
+    result.attentions[0].retain_grad()
+    result.logits.sum().backward()
+    assert result.attentions[0].grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # by the compiler
+def test_a_second_sequence_length_compiles_in_one_graph_too():
+    model = trained("bert", "sdpa").eval()
+    ga.patch_model(model, ga.GumbelAttentionConfig(noise="none", hard=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (7, 9, 12):
+        batch = inputs(model, "right", length) if length > 7 else inputs(model, "none", length)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, **CLOSE)
+    torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 _INTERNAL = "_attn_implementation_internal"
-_SLOTS = ("_view_extra", "_view_implementation", "_view_owner", "_view_source")
+_SLOTS = ("_view_extra", "_view_implementation", "_view_instead_of", "_view_owner", "_view_source")
 _VIEW_CLASSES: dict[type[PretrainedConfig], type[PretrainedConfig]] = {}
 
 
@@ -18,6 +18,7 @@ def config_view(
     owner: nn.Module,
     implementation: str | None = None,
     extra: Callable[[nn.Module], dict[str, Any]] | None = None,
+    instead_of: str | None = None,
 ) -> PretrainedConfig:
     """What ``owner.config`` is in all but two respects; both share their settings, and a change of one is one of both.
 
@@ -27,9 +28,10 @@ def config_view(
         owner: the module whose config it is to be.
         implementation: the attention implementation that the view names; ``None``: the config's own.
         extra: gives what ``to_dict`` of the view, and so a saved file, says beyond the settings.
+        instead_of: names ``implementation`` only while this is the config's own; ``None``: always.
     """
     source = plain_config(cast(PretrainedConfig, owner.config))
-    return _filled(_empty(type(source)), (extra, implementation, owner, source))
+    return _filled(_empty(type(source)), (extra, implementation, instead_of, owner, source))
 
 
 def plain_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -63,7 +65,8 @@ def _make_view_class(cls: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
     def implementation(self: Any) -> str | None:
         name: str | None = getattr(self, "_view_implementation", None)
-        return vars(self).get(_INTERNAL) if name is None else name
+        own: str | None = vars(self).get(_INTERNAL)
+        return own if name is None or getattr(self, "_view_instead_of", None) not in (None, own) else name
 
     def set_implementation(self: Any, value: str | None) -> None:
         if value is None or value != getattr(self, "_view_implementation", None):
@@ -74,9 +77,13 @@ def _make_view_class(cls: type[PretrainedConfig]) -> type[PretrainedConfig]:
         return {**cls.to_dict(self), **({} if extra is None else extra(self._view_owner))}
 
     def deep_copy(self: Any, memo: dict[int, Any]) -> PretrainedConfig:
-        extra, name, owner, source = _state(self)
+        extra, name, instead_of, owner, source = _state(self)
         copied: PretrainedConfig = copy.deepcopy(source, memo)
-        return copied if id(owner) not in memo else _filled(_empty(cls), (extra, name, memo[id(owner)], copied))
+        return (
+            copied
+            if id(owner) not in memo
+            else _filled(_empty(cls), (extra, name, instead_of, memo[id(owner)], copied))
+        )
 
     def shallow_copy(self: Any) -> PretrainedConfig:
         return copy.copy(plain_config(self))

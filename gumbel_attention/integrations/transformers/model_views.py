@@ -30,4 +30,6 @@ def refresh_views(model: nn.Module) -> None:
     builders = mask_builders(model, reached)
     for submodel in submodels:
         if not attention.isdisjoint(submodel.modules()):
-            submodel.config = config_view(submodel, NAME if submodel in builders else None, config_entry)
+            submodel.config = config_view(
+                submodel, NAME if submodel in builders else None, config_entry, instead_of="sdpa"
+            )

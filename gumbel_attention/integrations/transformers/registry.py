@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
@@ -31,6 +32,7 @@ class RegistryState(PatchedState):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.source_config: PretrainedConfig | None = None
+        self.weights_given = False
 
     def enter(self, module: Any) -> None:
         """Gives the module a view of its config with our name, and itself as a child."""
@@ -121,9 +123,26 @@ def gumbel_attention_forward(
         scaling,
         softcap=softcap,
         sinks=sinks,
-        need_weights=_weights_wanted(module, state.config.impl, kwargs),
+        need_weights=_weights_given(module, state, kwargs),
     )
-    return info.output.transpose(1, 2).contiguous(), None if info.weights is None else info.weights[..., :k_len]
+    weights = info.weights
+    if weights is not None and key.shape[-2] != k_len:
+        weights = weights[..., :k_len]  # only then: a view would not be what the output is computed from
+    return info.output.transpose(1, 2).contiguous(), weights
+
+
+def _weights_given(module: nn.Module, state: RegistryState, kwargs: dict[str, Any]) -> bool:
+    """Whether the call gives weights.
+
+    Checkpointing repeats it in the backward pass, where the model does not say what it records: there it does what it
+    did in the forward pass, or other tensors would be saved.
+    """
+    if torch.compiler.is_compiling():
+        return _weights_wanted(module, state.config.impl, kwargs)
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        return state.weights_given
+    state.weights_given = _weights_wanted(module, state.config.impl, kwargs)
+    return state.weights_given
 
 
 def _weights_wanted(module: Any, impl: str, kwargs: dict[str, Any]) -> bool:
