@@ -29,3 +29,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("cpmant", FUTURE): "transformers' own: the unpatched model's prompt sees the whole input",
     ("xlnet", FUTURE): "it sees the whole input unless a permutation mask is given",
 }
+
+OTHERS: dict[str, str] = {
+    "evolla": "without a protein its adapters return before they attend, which the check of the first call refuses",
+}
+"""The same for what reads more than text."""
