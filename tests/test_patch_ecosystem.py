@@ -294,6 +294,7 @@ def test_a_compiled_training_step_compiles_no_more_often_than_noise_settings_cha
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for tau in (1.0, 0.7, 0.5, 0.3):
         patch.set_tau(tau)
+        patch.set_noise_scale(2.0 * tau)
         compiled(**batch).logits.square().mean().backward()
     assert counter.frame_count == 1
     with patch.noise(False):

@@ -68,3 +68,25 @@ def test_attention_written_by_hand_is_reached_by_rewriting(name):
         assert not torch.allclose(logits(model, batch), want, atol=1e-3)
     assert fingerprint(model) == before
     assert torch.equal(logits(model, batch), want)
+
+
+@pytest.mark.parametrize("name", ["bert", "bloom"])
+def test_a_patched_layer_that_attends_without_us_is_an_error_at_its_first_call(name, monkeypatch):
+    model = models.build("bert") if name == "bert" else REWRITTEN["bloom"][0](REWRITTEN["bloom"][1]()).eval()
+    patch = ga.patch_model(model, HARD)
+    module = model.get_submodule(patch.layers[0].name)
+    monkeypatch.setattr(type(module), "forward", lambda self, hidden_states, *args, **kwargs: (hidden_states, None))
+    with pytest.raises(RuntimeError, match="did not come to Gumbel attention"):
+        logits(model)
+
+
+def test_the_check_of_the_first_call_is_gone_after_it_and_with_the_patch():
+    model = models.build("bert")
+    module = model.get_submodule("bert.encoder.layer.0.attention.self")
+    with ga.patch_model(model, HARD):
+        assert len(module._forward_hooks) == 1
+        logits(model)
+        assert not module._forward_hooks
+    with ga.patch_model(model, HARD):
+        pass
+    assert not module._forward_hooks

