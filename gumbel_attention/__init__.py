@@ -6,13 +6,23 @@ from .config import GumbelAttentionConfig
 from .functional import (
     AttentionInfo,
     Explanation,
+    SoftmaxInfo,
     explain,
     gumbel_attention,
     gumbel_attention_with_info,
     gumbel_softmax,
+    gumbel_softmax_with_info,
 )
 from .modules import GumbelMultiheadAttention, GumbelSetAttention, SetAttentionOutput
 from .schedules import temperature_schedule
+from .score_function import (
+    CollectedLogProbs,
+    MovingAverageBaseline,
+    collect_log_probs,
+    leave_one_out,
+    score_function_loss,
+    soft_attention,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -30,25 +40,33 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionInfo",
+    "CollectedLogProbs",
     "Explanation",
     "GumbelAttentionCallback",
     "GumbelAttentionConfig",
     "GumbelMultiheadAttention",
     "GumbelSetAttention",
     "ModelPatch",
+    "MovingAverageBaseline",
     "SampledPredictions",
     "SetAttentionOutput",
+    "SoftmaxInfo",
     "__version__",
+    "collect_log_probs",
     "explain",
     "from_pretrained",
     "gumbel_attention",
     "gumbel_attention_with_info",
     "gumbel_softmax",
+    "gumbel_softmax_with_info",
+    "leave_one_out",
     "load_patch",
     "patch_model",
     "patch_of",
     "sample_predictions",
     "save_patch",
+    "score_function_loss",
+    "soft_attention",
     "temperature_schedule",
 ]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import checks
 from .checks import Number
-from .config import IMPLS, check_choice, check_positive, choose
-from .impl.problem import AttentionProblem, Choice, compute_dtype
+from .config import DEFAULT_SAMPLES, IMPLS, check_choice, check_positive, choose
+from .estimators import Choice
+from .impl.problem import AttentionProblem, compute_dtype
 from .noise import Coordinates, draw_seed
 
 
@@ -23,6 +24,8 @@ class AttentionSettings(TypedDict, total=False):
     noise: str
     noise_scale: Number
     estimator: str | None
+    samples: int | None
+    top_k: int | None
     softcap: float | None
     sinks: Tensor | None
     seed: int | Tensor | None
@@ -48,6 +51,8 @@ def attention_problem(
     noise: str = "gumbel",
     noise_scale: Number = 1.0,
     estimator: str | None = None,
+    samples: int | None = None,
+    top_k: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -62,7 +67,7 @@ def attention_problem(
     Raises:
         TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
     """
-    check_choice(hard, noise, estimator)
+    check_choice(hard, noise, estimator, samples, top_k)
     choose("impl", impl, IMPLS)
     checks.check_dropout(dropout_p)
     query, key, value = _autocast(query, key, value)
@@ -70,8 +75,7 @@ def attention_problem(
     q, k, v = _as_4d(query), _as_4d(key), _as_4d(value)
     (batch, heads, q_len, _), k_len = q.shape, k.shape[-2]
 
-    checks.check_scalar_or_per_head("tau", tau, heads)
-    checks.check_scalar_or_per_head("noise_scale", noise_scale, heads, zero_allowed=True)
+    checks.check_choice_numbers(tau, noise_scale, estimator, heads)
     checks.check_offset("q_offset", q_offset, batch)
     checks.check_offset("k_offset", k_offset, batch)
     checks.check_head_shard(h_offset, h_total, heads)
@@ -103,7 +107,7 @@ def attention_problem(
         sinks=sinks,
         dropout_p=float(dropout_p),
         seed_given=seed is not None,
-        choice=make_choice(tau, hard, noise, noise_scale, where, compute_dtype(q.dtype)),
+        choice=make_choice(tau, hard, noise, noise_scale, where, compute_dtype(q.dtype), estimator, samples, top_k),
     )
 
 
@@ -119,13 +123,25 @@ def make_choice(
     noise_scale: Number,
     where: Coordinates | None,
     dtype: torch.dtype,
+    estimator: str | None = None,
+    samples: int | None = None,
+    top_k: int | None = None,
 ) -> Choice:
     """The choice with tau and noise_scale in ``dtype`` and shapes that broadcast; noise that adds nothing left out."""
 
     def per_head(x: Number) -> Number:
         return x.to(dtype).reshape(1, -1, 1, 1) if isinstance(x, Tensor) else x
 
-    return Choice(per_head(tau), hard, noise if draws(noise, noise_scale) else "none", per_head(noise_scale), where)
+    return Choice(
+        tau=per_head(tau),
+        hard=hard,
+        noise=noise if draws(noise, noise_scale) else "none",
+        noise_scale=per_head(noise_scale),
+        where=where,
+        estimator=estimator or "straight_through",
+        samples=samples or DEFAULT_SAMPLES,
+        top_k=top_k,
+    )
 
 
 def takes_part(mask: Tensor) -> Tensor:

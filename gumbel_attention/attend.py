@@ -52,22 +52,31 @@ def attend(
         TypeError, ValueError: as :func:`gumbel_attention_with_info`.
     """
 
-    def with_settings(**settings: Any) -> AttentionInfo:
+    def with_settings(need_choice: bool = False, **settings: Any) -> AttentionInfo:
         enable_gqa = query.shape[-3] != key.shape[-3]
         inputs = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if need_weights:
-            return gumbel_attention_with_info(*inputs, softcap=softcap, sinks=sinks, **settings)
-        return AttentionInfo(gumbel_attention(*inputs, softcap=softcap, sinks=sinks, **settings), None, None, None)
+        settings |= {"softcap": softcap, "sinks": sinks}
+        if need_weights or need_choice:
+            return gumbel_attention_with_info(*inputs, need_weights=need_weights, **settings)
+        return AttentionInfo(gumbel_attention(*inputs, **settings), None, None, None)
 
-    chosen = with_settings(**state.arguments(training))
-    if state.config.heads is None:
-        return chosen
+    settings = state.arguments(training)
+    chosen = with_settings(state.collects(settings), **settings)
+    if state.config.heads is not None:
+        chosen = _with_plain_heads(state, query, chosen, with_settings(noise="none", impl=state.config.impl))
+    state.hand_over(chosen.log_prob)
+    return chosen
+
+
+def _with_plain_heads(
+    state: AttentionState, query: Tensor, chosen: AttentionInfo, plain: AttentionInfo
+) -> AttentionInfo:
+    """``plain`` in the heads that the settings leave out."""
     if query.shape[-3] != state.num_heads:
         raise ValueError(
-            f"heads={list(state.config.heads)} selects from {state.num_heads} heads, got a query of shape "
+            f"heads={list(state.config.heads or ())} selects from {state.num_heads} heads, got a query of shape "
             f"{tuple(query.shape)} with {query.shape[-3]}."
         )
-    plain = with_settings(noise="none", impl=state.config.impl)
     return _per_head(_selected(state, query.device), chosen, plain)
 
 
@@ -75,6 +84,11 @@ def _selected(state: AttentionState, device: torch.device) -> Tensor:
     """Which heads the settings select: bool (H, 1)."""
     chosen = {head % state.num_heads for head in state.config.heads or ()}
     return torch.tensor([[head in chosen] for head in range(state.num_heads)], device=device)
+
+
+def _where_selected(selected: Tensor, indices: Tensor) -> Tensor:
+    """Indices (B, H, Lq) or (B, H, Lq, k) of the selected heads, -1 for the others."""
+    return indices.where(selected if indices.ndim == 3 else selected[..., None], -1)
 
 
 def _per_head(selected: Tensor, chosen: AttentionInfo, plain: AttentionInfo) -> AttentionInfo:
@@ -85,6 +99,6 @@ def _per_head(selected: Tensor, chosen: AttentionInfo, plain: AttentionInfo) -> 
     return AttentionInfo(
         torch.where(selected[..., None], chosen.output, plain.output),
         weights,
-        None if chosen.indices is None else chosen.indices.where(selected, -1),
+        None if chosen.indices is None else _where_selected(selected, chosen.indices),
         None if chosen.log_prob is None else chosen.log_prob.where(selected, 0.0),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import check_positive
+from .config import ESTIMATORS, check_positive, check_tau
 
 Number = float | Tensor
 
@@ -78,6 +78,16 @@ def check_scalar_or_per_head(name: str, value: object, heads: int, *, zero_allow
         raise ValueError(
             f"{name} must have shape (), (1,) or ({heads},), one for each head, got {tuple(value.shape)}."
         )
+
+
+def check_choice_numbers(tau: object, noise_scale: object, estimator: str | None, heads: int) -> None:
+    """Raises unless tau and noise_scale are in range, for ``estimator`` too, or tensors of a fitting shape."""
+    check_scalar_or_per_head("tau", tau, heads)
+    check_scalar_or_per_head("noise_scale", noise_scale, heads, zero_allowed=True)
+    if not isinstance(tau, Tensor):
+        check_tau(tau, estimator)
+    if estimator is not None and ESTIMATORS[estimator].gumbel and not isinstance(noise_scale, Tensor):
+        check_positive(f"noise_scale of estimator={estimator!r}", noise_scale)
 
 
 def check_dropout(p: float) -> None:

@@ -6,15 +6,40 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 NOISE_VERSION = 1
 """Version of the noise specification; written into saved configurations."""
 
-NOISES = ("none", "gumbel", "normal")
-ESTIMATORS = ("straight_through",)
+NOISES = ("none", "gumbel", "normal", "logistic")
 IMPLS = ("auto", "sdpa", "triton", "cpu", "blockwise", "reference")
 LEARN_TAU = (None, "scalar", "head")
+DEFAULT_SAMPLES = 10
+"""Samples of ``"gumbel_rao"`` where none are asked for."""
+
+
+class Range(NamedTuple):
+    """What an estimator is defined for.
+
+    Attributes:
+        gumbel: the choice must be a sample of softmax(scores / noise_scale), which only Gumbel noise gives.
+        subsets: it passes the choice of several keys.
+        tau_gradient: the gradient of tau is defined.
+        smallest_tau: the lowest temperature its authors allow.
+    """
+
+    gumbel: bool
+    subsets: bool
+    tau_gradient: bool
+    smallest_tau: float = 0.0
+
+
+ESTIMATORS = {
+    "straight_through": Range(gumbel=False, subsets=True, tau_gradient=True),
+    "gumbel_rao": Range(gumbel=True, subsets=False, tau_gradient=True),
+    "reinmax": Range(gumbel=True, subsets=False, tau_gradient=False, smallest_tau=1.0),
+    "score_function": Range(gumbel=True, subsets=True, tau_gradient=False),
+}
 
 
 def choose(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -35,21 +60,55 @@ def check_positive(name: str, value: object, *, zero_allowed: bool = False) -> N
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
 
 
-def check_choice(hard: bool, noise: str, estimator: str | None) -> None:
+def check_count(name: str, value: object) -> None:
+    """Raises unless ``value`` is ``None`` or an integer >= 1."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be None or an integer >= 1, got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be None or an integer >= 1, got {value!r}.")
+
+
+def check_choice(
+    hard: bool, noise: str, estimator: str | None, samples: int | None = None, top_k: int | None = None
+) -> None:
     """Checks the settings that say how a distribution becomes attention weights.
 
     Raises:
-        TypeError: ``hard`` is not a bool.
-        ValueError: an unknown noise or estimator, or an estimator for a soft choice.
+        TypeError: ``hard`` is not a bool, or a count not an integer.
+        ValueError: an unknown noise or estimator, a count below 1, or an estimator for what it is not defined for.
     """
     if not isinstance(hard, bool):
         raise TypeError(f"hard must be True or False, got {hard!r}.")
     choose("noise", noise, NOISES)
     choose("estimator", estimator, (None, *ESTIMATORS))
-    if estimator is not None and not hard:
+    check_count("samples", samples)
+    check_count("top_k", top_k)
+    if samples is not None and estimator != "gumbel_rao":
+        raise ValueError(f"samples={samples} is for estimator='gumbel_rao', got estimator={estimator!r}.")
+    if estimator is None:
+        return
+    if not hard:
         raise ValueError(
             f"estimator={estimator!r} says how a gradient passes a hard choice and needs hard=True, got hard=False."
         )
+    if ESTIMATORS[estimator].gumbel and noise != "gumbel":
+        raise ValueError(
+            f"estimator={estimator!r} needs a choice that is a sample of softmax(scores), which only noise='gumbel' "
+            f"gives, got noise={noise!r}."
+        )
+    if top_k is not None and not ESTIMATORS[estimator].subsets:
+        able = [name for name, range_ in ESTIMATORS.items() if range_.subsets]
+        raise ValueError(f"estimator={estimator!r} passes the choice of one key, got top_k={top_k}. {able} pass more.")
+
+
+def check_tau(tau: object, estimator: str | None) -> None:
+    """Raises unless ``tau`` is a finite number > 0, and not below what ``estimator`` is defined for."""
+    check_positive("tau", tau)
+    smallest = 0.0 if estimator is None else ESTIMATORS[estimator].smallest_tau
+    if isinstance(tau, (int, float)) and tau < smallest:
+        raise ValueError(f"estimator={estimator!r} is defined for tau >= {smallest}, got tau={tau!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +122,15 @@ class GumbelAttentionConfig:
         tau: the initial temperature, > 0; it divides scores and noise alike. The current one is state of
             the layer, not of this object.
         hard: the forward pass picks one key; ``False`` is the relaxation.
-        noise: ``"gumbel"``, ``"normal"`` (same variance, pi^2 / 6) or ``"none"``.
+        noise: ``"gumbel"``, ``"normal"`` or ``"logistic"`` (of the same variance, pi^2 / 6), or ``"none"``.
         noise_scale: multiplies the noise, not the scores; 1.0 samples Categorical(softmax(scores)) exactly.
-        estimator: how the gradient passes a hard choice; ``None`` is ``"straight_through"`` when ``hard``.
+        estimator: how the gradient passes a hard choice: ``"straight_through"``, ``"gumbel_rao"``, ``"reinmax"`` or
+            ``"score_function"``; see :mod:`gumbel_attention.estimators`. ``None`` is ``"straight_through"`` when
+            ``hard``. All but that one are about a sampled choice: where the noise is off, or of another family, the
+            choice is deterministic or no such sample, and straight-through passes it.
+        samples: K of ``"gumbel_rao"``; ``None`` is 10.
+        top_k: attend to this many keys, chosen without replacement, with equal weights; soft: the relaxation of that.
+            ``None`` is the choice of one.
         eval_noise: keep the noise in ``eval()`` mode.
         eval_hard: whether the choice is hard in ``eval()`` mode; ``None`` is as in training.
         learn_tau: ``None``, ``"scalar"`` (one learned temperature per layer) or ``"head"`` (one per head).
@@ -84,6 +149,8 @@ class GumbelAttentionConfig:
     noise: str = "gumbel"
     noise_scale: float = 1.0
     estimator: str | None = None
+    samples: int | None = None
+    top_k: int | None = None
     eval_noise: bool = False
     eval_hard: bool | None = None
     learn_tau: str | None = None
@@ -92,14 +159,18 @@ class GumbelAttentionConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_positive("tau", self.tau)
         check_positive("noise_scale", self.noise_scale, zero_allowed=True)
         if self.eval_hard not in (None, True, False):
             raise TypeError(f"eval_hard must be None, True or False, got {self.eval_hard!r}.")
-        check_choice(self.hard or bool(self.eval_hard), self.noise, self.estimator)
+        check_choice(self.hard or bool(self.eval_hard), self.noise, self.estimator, self.samples, self.top_k)
+        check_tau(self.tau, self.estimator)
         if not isinstance(self.hard, bool) or not isinstance(self.eval_noise, bool):
             raise TypeError(f"hard and eval_noise must be bool, got {self.hard!r} and {self.eval_noise!r}.")
         choose("learn_tau", self.learn_tau, LEARN_TAU)
+        if self.learn_tau is not None and self.estimator is not None and not ESTIMATORS[self.estimator].tau_gradient:
+            raise ValueError(
+                f"learn_tau={self.learn_tau!r} needs a gradient of tau, and estimator={self.estimator!r} has none."
+            )
         choose("impl", self.impl, IMPLS)
         object.__setattr__(self, "layers", _selection("layers", self.layers, (int, str)))
         object.__setattr__(self, "heads", _selection("heads", self.heads, (int,)))

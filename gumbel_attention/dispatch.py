@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .impl import blockwise, reference, sdpa
-from .impl.problem import AttentionProblem
+from .impl.problem import AttentionInfo, AttentionProblem
 
 KERNEL_SCORES = 2**14
 """Scores of a call up to which ``"auto"`` does not look for compiled kernels: they would gain nothing."""
@@ -20,11 +20,15 @@ MASK_SCORES = 2**28
 """Scores of a call on a GPU from which on its mask is too large to be built for scaled_dot_product_attention."""
 
 
+Result = TypeVar("Result")
+
+
 class Implementation(NamedTuple):
-    """One way to compute attention's output."""
+    """One way to compute attention's output, and, where it can tell them, the keys chosen and their probability."""
 
     attention: Callable[[AttentionProblem], Tensor]
     unsupported: Callable[[AttentionProblem], str | None]
+    with_choice: Callable[[AttentionProblem], AttentionInfo] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,8 @@ IMPLEMENTATIONS = {
     "sdpa": Implementation(sdpa.attention, sdpa.unsupported),
     "triton": Implementation(_triton_attention, _triton_unsupported),
     "cpu": Implementation(_cpu_attention, _cpu_unsupported),
-    "blockwise": Implementation(blockwise.attention, _nothing),
-    "reference": Implementation(lambda problem: reference.attention(problem).output, _nothing),
+    "blockwise": Implementation(blockwise.attention, _nothing, blockwise.attention_with_choice),
+    "reference": Implementation(lambda problem: reference.attention(problem).output, _nothing, reference.attention),
 }
 """By name, in the order in which ``"auto"`` prefers them. Kernels are imported and compiled when first asked about."""
 
@@ -88,27 +92,36 @@ WORTH_IT = {"cpu": KERNEL_SCORES, "blockwise": BLOCK_SCORES}
 """More scores than this make an implementation worth it to ``"auto"``."""
 
 
-def choose_implementation(problem: AttentionProblem, impl: str, need_weights: bool = False) -> Explanation:
+def choose_implementation(
+    problem: AttentionProblem, impl: str, need_weights: bool = False, need_choice: bool = False
+) -> Explanation:
     """The implementation for a problem.
 
     Args:
         problem: the checked arguments.
         impl: a name, which is then the one or an error; or ``"auto"``.
-        need_weights: weights, indices or log-probabilities are wanted: only the reference holds them.
+        need_weights: weights are wanted: only the reference holds them.
+        need_choice: the keys chosen and their log-probability are wanted.
 
     Raises:
         ValueError: the implementation named cannot do it; the message says why and what can.
     """
     rejected: dict[str, str] = {}
     for name in IMPLEMENTATIONS if impl == "auto" else [impl]:
-        reason = "it holds no weights" if need_weights and name != "reference" else None
-        if reason is None and impl == "auto":
+        reason = None
+        if need_weights and name != "reference":
+            reason = "it holds no weights"
+        elif need_choice and IMPLEMENTATIONS[name].with_choice is None:
+            reason = "it does not tell which keys it chose"
+        elif impl == "auto":
             reason = _passed_over(name, problem)
         reason = reason or IMPLEMENTATIONS[name].unsupported(problem)
         if reason is None:
             return Explanation(name, rejected)
         rejected[name] = reason
-    alternative = "impl='reference' or gumbel_attention, which returns the output only" if need_weights else "'auto'"
+    alternative = "impl='auto'"
+    if need_weights:
+        alternative = "impl='reference', or need_weights=False, or gumbel_attention, which returns the output only"
     raise ValueError(f"impl={impl!r} cannot compute this call: {rejected[impl]}. Use {alternative}.")
 
 
@@ -118,10 +131,21 @@ def compute(problem: AttentionProblem, impl: str) -> Tensor:
     Raises:
         RuntimeError: as the implementation does; where memory ran out, with a note that says what needs less.
     """
+    return _run(IMPLEMENTATIONS[impl].attention, problem, impl)
+
+
+def compute_with_choice(problem: AttentionProblem, impl: str) -> AttentionInfo:
+    """:func:`compute` with the keys chosen and their log-probability, and the weights where it holds them."""
+    function = IMPLEMENTATIONS[impl].with_choice
+    assert function is not None
+    return _run(function, problem, impl)
+
+
+def _run(function: Callable[[AttentionProblem], Result], problem: AttentionProblem, impl: str) -> Result:
     if torch.compiler.is_compiling():
-        return IMPLEMENTATIONS[impl].attention(problem)
+        return function(problem)
     try:
-        return IMPLEMENTATIONS[impl].attention(problem)
+        return function(problem)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             error.add_note(f"gumbel_attention: memory ran out in impl={impl!r}; {_NEEDS_LESS[impl]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from . import checks
 from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part
 from .checks import Number
 from .config import check_choice
-from .dispatch import Explanation, choose_implementation, compute
-from .impl import reference
+from .dispatch import Explanation, choose_implementation, compute, compute_with_choice
+from .estimators import choose
 from .impl.problem import AttentionInfo, compute_dtype
 from .noise import Coordinates, draw_seed
 
@@ -24,11 +24,29 @@ __all__ = [
     "AttentionInfo",
     "AttentionSettings",
     "Explanation",
+    "SoftmaxInfo",
     "explain",
     "gumbel_attention",
     "gumbel_attention_with_info",
     "gumbel_softmax",
+    "gumbel_softmax_with_info",
 ]
+
+
+class SoftmaxInfo(NamedTuple):
+    """The result of :func:`gumbel_softmax_with_info`.
+
+    Attributes:
+        weights: the shape and dtype of the logits; sums to 1, or to 0 where nothing takes part.
+        indices: int64, the logits' shape without ``dim``, and with ``top_k`` one more dimension for the keys at the
+            end, the best first; -1 where none is left. ``None`` for a soft choice.
+        log_prob: the logits' shape without ``dim``: log softmax(logits / noise_scale) of the choice, differentiable;
+            with ``top_k`` that of the keys in their order. ``None`` unless the choice is hard and the noise Gumbel's.
+    """
+
+    weights: Tensor
+    indices: Tensor | None
+    log_prob: Tensor | None
 
 
 def gumbel_softmax(
@@ -42,6 +60,8 @@ def gumbel_softmax(
     noise_scale: Number = 1.0,
     mask: Tensor | None = None,
     estimator: str | None = None,
+    samples: int | None = None,
+    top_k: int | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     r"""A relaxed or hard sample of Categorical(softmax(logits)) along ``dim``.
@@ -60,10 +80,13 @@ def gumbel_softmax(
         hard: return a one-hot sample.
         eps: ignored; torch ignores it too.
         dim: the dimension of the categories.
-        noise: ``"gumbel"``, ``"normal"`` or ``"none"``.
+        noise: ``"gumbel"``, ``"normal"``, ``"logistic"`` or ``"none"``.
         noise_scale: c, multiplies the noise: a number >= 0 or a tensor of shape () or (1,).
         mask: broadcasts to the logits; bool (True takes part) or floating point (added to them).
-        estimator: how the gradient passes a hard sample: ``"straight_through"`` (the default when ``hard``).
+        estimator: how the gradient passes a hard sample: ``"straight_through"`` (the default when ``hard``),
+            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1) or ``"score_function"``; see :mod:`gumbel_attention.estimators`.
+        samples: K of ``"gumbel_rao"``; ``None`` is 10.
+        top_k: choose this many categories without replacement, with equal weights; soft: the relaxation of that.
         seed: the noise's seed; ``None`` draws one from torch's default generator. The noise of an entry depends on
             the seed and its index alone: the last two dimensions, ``dim`` moved last, are its (query, key)
             position, the others its head.
@@ -74,10 +97,48 @@ def gumbel_softmax(
     Raises:
         TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
     """
+    return gumbel_softmax_with_info(
+        logits,
+        tau,
+        hard,
+        eps,
+        dim,
+        noise=noise,
+        noise_scale=noise_scale,
+        mask=mask,
+        estimator=estimator,
+        samples=samples,
+        top_k=top_k,
+        seed=seed,
+    ).weights
+
+
+def gumbel_softmax_with_info(
+    logits: Tensor,
+    tau: Number = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    noise: str = "gumbel",
+    noise_scale: Number = 1.0,
+    mask: Tensor | None = None,
+    estimator: str | None = None,
+    samples: int | None = None,
+    top_k: int | None = None,
+    seed: int | Tensor | None = None,
+) -> SoftmaxInfo:
+    """:func:`gumbel_softmax`, with the categories chosen and their log-probability.
+
+    Returns:
+        :class:`SoftmaxInfo`.
+
+    Raises:
+        TypeError, ValueError: as :func:`gumbel_softmax`.
+    """
     checks.check_tensor("logits", logits)
-    check_choice(hard, noise, estimator)
-    checks.check_scalar_or_per_head("tau", tau, 1)
-    checks.check_scalar_or_per_head("noise_scale", noise_scale, 1, zero_allowed=True)
+    check_choice(hard, noise, estimator, samples, top_k)
+    checks.check_choice_numbers(tau, noise_scale, estimator, 1)
     if logits.ndim == 0:
         raise ValueError("logits must have at least one dimension, got a scalar.")
     if mask is not None:
@@ -94,16 +155,18 @@ def gumbel_softmax(
     if draws(noise, noise_scale):
         key = draw_seed(device=logits.device) if seed is None else checks.as_seed(seed, 1, logits.device).reshape(())
         drawn = Coordinates(key, *flat_shape)
-    choice = make_choice(tau, hard, noise, noise_scale, drawn, compute_dtype(logits.dtype))
+    dtype = compute_dtype(logits.dtype)
+    choice = make_choice(tau, hard, noise, noise_scale, drawn, dtype, estimator, samples, top_k)
 
     def rows_of(x: Tensor) -> Tensor:
         return x.movedim(dim, -1).reshape(flat_shape)
 
-    chosen = reference.choose(rows_of(scores), rows_of(keep), choice)
-    weights = chosen.relaxed
-    if chosen.one_hot is not None:
-        weights = reference.straight_through(chosen.one_hot, weights)
-    return weights.reshape(moved.shape).movedim(-1, dim).to(logits.dtype)
+    chosen = choose(rows_of(scores), rows_of(keep), choice)
+    weights = chosen.weights.reshape(moved.shape).movedim(-1, dim).to(logits.dtype)
+    lead, indices, log_prob = moved.shape[:-1], chosen.indices, chosen.log_prob
+    if indices is not None:
+        indices = indices.reshape(lead if top_k is None else (*lead, top_k))
+    return SoftmaxInfo(weights, indices, None if log_prob is None else log_prob.reshape(lead))
 
 
 def gumbel_attention(
@@ -167,6 +230,8 @@ def gumbel_attention_with_info(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    need_weights: bool = True,
     **settings: Unpack[AttentionSettings],
 ) -> AttentionInfo:
     r"""Gumbel attention together with the weights used, the keys chosen and their log-probability.
@@ -175,8 +240,9 @@ def gumbel_attention_with_info(
         Z = (S + c\,G) / \tau, \quad S = \mathrm{scale}\,Q K^T + \mathrm{mask}, \quad P = \mathrm{softmax}(Z), \quad
         O = P V \;\text{ or, hard, }\; O = V[\arg\max Z]
 
-    The gradient of a hard choice is that of weights ``onehot - stop_gradient(P) + P``: V receives what the one-hot
-    sends it, Q and K what P does. (Straight-through on the output instead would send V the gradient of P.)
+    The gradient of a hard choice is that of weights ``onehot - stop_gradient(P) + P``, or of what the estimator puts
+    in the place of P: V receives what the one-hot sends it, Q and K what P does. (Straight-through on the output
+    instead would send V the gradient of P.)
 
     Args:
         query: (..., H, q_len, D).
@@ -191,9 +257,13 @@ def gumbel_attention_with_info(
         enable_gqa: H may be a multiple of Hk. The noise is drawn for each query head.
         tau: temperature, > 0: a number, or a tensor of shape (), (1,) or (H,), which receives its gradient.
         hard: each query takes the value of one key.
-        noise: ``"gumbel"``, ``"normal"`` (of the same variance) or ``"none"``.
+        need_weights: give the weights. Without them memory grows linearly with the lengths.
+        noise: ``"gumbel"``, ``"normal"`` or ``"logistic"`` (of the same variance), or ``"none"``.
         noise_scale: c, >= 0, in the same forms as ``tau``.
-        estimator: how the gradient passes a hard choice: ``"straight_through"`` (the default when ``hard``).
+        estimator: how the gradient passes a hard choice: ``"straight_through"`` (the default when ``hard``),
+            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1) or ``"score_function"``; see :mod:`gumbel_attention.estimators`.
+        samples: K of ``"gumbel_rao"``; ``None`` is 10.
+        top_k: attend to this many keys, chosen without replacement, with equal weights; soft: the relaxation of that.
         softcap: scores become ``softcap * tanh(scores / softcap)``, before the mask.
         sinks: (H,) scores of a column that takes part in softmax and noise like any key (at key position
             2^32 - 1), but has no value: attention to it gives 0. Neither scaled nor capped.
@@ -203,7 +273,7 @@ def gumbel_attention_with_info(
         k_offset: position of the first key, likewise.
         h_offset: the first head, where these heads are a shard of a layer's.
         h_total: the number of heads of that layer; needed for a shard.
-        impl: ``"auto"`` or ``"reference"``; others hold no weights and give an output only.
+        impl: ``"auto"`` or ``"reference"``, and without weights ``"blockwise"``; others give an output only.
 
     Returns:
         :class:`AttentionInfo`.
@@ -212,9 +282,11 @@ def gumbel_attention_with_info(
         TypeError, ValueError: an argument is out of range or does not fit; the message says what was expected.
     """
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
-    choose_implementation(problem, settings.get("impl", "auto"), need_weights=True)
+    name = choose_implementation(problem, settings.get("impl", "auto"), need_weights, need_choice=True).impl
     with torch.autocast(query.device.type, enabled=False):
-        info = reference.attention(problem)
+        info = compute_with_choice(problem, name)
+    if not need_weights:
+        info = info._replace(weights=None)
     lead = query.shape[:-2]
 
     def as_given(x: Tensor) -> Tensor:
@@ -227,5 +299,6 @@ def gumbel_attention_with_info(
 _function: Any
 for _function in (gumbel_attention, gumbel_attention_with_info, explain):  # so that help() shows every setting
     _returns = inspect.signature(_function).return_annotation
-    _full = inspect.signature(attention_problem).replace(return_annotation=_returns)
-    _function.__signature__ = _full
+    _own = [p for p in inspect.signature(_function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    _full = inspect.signature(attention_problem)
+    _function.__signature__ = _full.replace(parameters=[*_full.parameters.values(), *_own], return_annotation=_returns)

@@ -223,8 +223,9 @@ class SetAttentionOutput(NamedTuple):
     Attributes:
         output: (B, Q, embed_dim).
         weights: (B, H, Q, N), those used, after dropout.
-        indices: (B, H, Q) int64, the element each head of each query chose; -1 where there was none, or where the
-            head keeps its softmax. ``None`` for a soft choice.
+        indices: (B, H, Q) int64, the element each head of each query chose, or with ``top_k`` (B, H, Q, top_k) the
+            elements, the best first; -1 where there was none, or where the head keeps its softmax. ``None`` for a
+            soft choice.
         log_prob: (B, H, Q), as in :class:`AttentionInfo`, or ``None``.
     """
 

@@ -23,9 +23,9 @@ ROUNDS = 7
 SINK_POSITION = MASK
 """Key position of an attention sink: the same however many keys there are."""
 
-STREAM_NOISE, STREAM_DROPOUT, STREAM_NORMAL = 0, 1, 2
+STREAM_NOISE, STREAM_DROPOUT, STREAM_NORMAL, STREAM_FURTHER = 0, 1, 2, 3
 NOISE_STD = math.pi / math.sqrt(6.0)
-"""Standard deviation of Gumbel(0, 1), given to Normal noise too."""
+"""Standard deviation of Gumbel(0, 1), given to the other families too."""
 
 
 @torch.library.custom_op("gumbel_attention::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -127,6 +127,16 @@ def normal(word: Tensor, second: Tensor) -> Tensor:
     return NOISE_STD * radius * torch.cos(2.0 * math.pi * uniform(second))
 
 
+def logistic(word: Tensor) -> Tensor:
+    """Logistic(0, 1 / sqrt(2)) from a word, in float64: variance pi^2 / 6, as Gumbel's.
+
+    ``(log(1 - v) - log(v)) / sqrt(2)`` with ``v = uniform(word)``, computed as ``sqrt(2) * atanh(1 - 2 v)``: its
+    argument is exact, so that no digits cancel near 0, and words ``w`` and ``2^32 - 1 - w`` give opposite values to
+    the bit. As for Gumbel a small word is a large value; the range is [-16.18, 16.18], always finite.
+    """
+    return math.sqrt(2.0) * torch.atanh(1.0 - 2.0 * uniform(word))
+
+
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
     """Where a block of scores (batch, heads, q_len, k_len) lies in the infinite field of noise.
@@ -183,13 +193,28 @@ def positions(offset: int | Tensor, length: int, device: torch.device) -> Tensor
 
 
 def sample(family: str, where: Coordinates, *, sink: bool = False) -> Tensor:
-    """The noise of a family at ``where`` in float64: (batch, heads, q_len, k_len), or the sink column's (..., 1)."""
+    """The noise of a family at ``where`` in float64: (batch, heads, q_len, k_len), or the sink column's (..., 1).
+
+    All families have Gumbel's variance, pi^2 / 6; Normal and Logistic noise has mean 0. Only Gumbel noise makes the
+    largest of ``scores + noise`` a sample of softmax(scores).
+
+    Raises:
+        ValueError: there is no such family.
+    """
     draw = where.sink_words if sink else where.words
     if family == "gumbel":
         return gumbel(draw(STREAM_NOISE))
     if family == "normal":
         return normal(draw(STREAM_NOISE), draw(STREAM_NORMAL))
-    raise ValueError(f"no noise family {family!r}; there are 'gumbel' and 'normal'.")
+    if family == "logistic":
+        return logistic(draw(STREAM_NOISE))
+    raise ValueError(f"no noise family {family!r}; there are 'gumbel', 'normal' and 'logistic'.")
+
+
+def further_gumbel(number: int, where: Coordinates, *, sink: bool = False) -> Tensor:
+    """Gumbel noise at ``where`` that is independent of the main noise and of that of every other ``number`` >= 1."""
+    draw = where.sink_words if sink else where.words
+    return gumbel(draw(STREAM_FURTHER + number - 1))
 
 
 def dropout_factor(p: float, where: Coordinates) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import NOISES, GumbelAttentionConfig, check_positive, choose
+from .config import ESTIMATORS, NOISES, GumbelAttentionConfig, check_positive, check_tau, choose
 
 
 class AttentionState(nn.Module):
@@ -23,6 +23,11 @@ class AttentionState(nn.Module):
         config: the settings.
         num_heads: query heads of the layer.
         device: where the temperature is kept.
+
+    Attributes:
+        noise_override: what :meth:`GumbelMultiheadAttention.noise` and the like set; ``None`` leaves it to the mode.
+        collector: who gets the log-probabilities (B, H, q_len) of the hard choices.
+        expected: a choice is its expectation, softmax(scores / noise_scale).
 
     Raises:
         ValueError: ``config.heads`` names a head the layer does not have.
@@ -38,6 +43,8 @@ class AttentionState(nn.Module):
         self.config = config
         self.num_heads = num_heads
         self.noise_override: bool | str | None = None
+        self.collector: Callable[[Tensor], None] | None = None
+        self.expected = False
         self._noise_scale: Tensor
         self.register_buffer("_noise_scale", _number(config.noise_scale, device), persistent=False)
         self.log_tau: nn.Parameter | None
@@ -57,7 +64,7 @@ class AttentionState(nn.Module):
 
     def check_tau(self, tau: float) -> None:
         """Raises what :meth:`set_tau` would, and changes nothing."""
-        check_positive("tau", tau)
+        check_tau(tau, self.config.estimator)
         if self.log_tau is not None:
             raise RuntimeError("this layer learns its temperature (learn_tau); it cannot be set by a schedule.")
 
@@ -115,15 +122,41 @@ class AttentionState(nn.Module):
 
     def arguments(self, training: bool) -> dict[str, Any]:
         """Keyword arguments for :func:`gumbel_attention` in the given mode."""
-        hard = self.hard(training)
+        if self.expected:
+            return {"tau": self._noise_scale, "hard": False, "noise": "none", "impl": self.config.impl}
+        hard, noise = self.hard(training), self.noise(training)
+        estimator = self.estimator(hard, noise)
         return {
             "tau": self.tau,
             "hard": hard,
-            "noise": self.noise(training),
+            "noise": noise,
             "noise_scale": self._noise_scale if self.config.noise_scale > 0.0 else 0.0,
-            "estimator": self.config.estimator if hard else None,
+            "estimator": estimator,
+            "samples": self.config.samples if estimator == "gumbel_rao" else None,
+            "top_k": self.config.top_k,
             "impl": self.config.impl,
         }
+
+    def estimator(self, hard: bool, noise: str) -> str | None:
+        """The estimator of a choice: the settings' where it is defined for it, else ``None``, straight-through."""
+        name = self.config.estimator
+        if not hard or name is None:
+            return None
+        sampled = noise == "gumbel" and self.config.noise_scale > 0.0
+        return name if sampled or not ESTIMATORS[name].gumbel else None
+
+    def collects(self, settings: dict[str, Any]) -> bool:
+        """Whether a call with these :meth:`arguments` has log-probabilities that somebody wants.
+
+        The score function computes them always: checkpointing must find the same tensors when it computes again.
+        """
+        sampled = settings["hard"] and settings["noise"] == "gumbel" and self.config.noise_scale > 0.0
+        return bool(sampled and (self.collector is not None or settings["estimator"] == "score_function"))
+
+    def hand_over(self, log_prob: Tensor | None) -> None:
+        """Gives the log-probabilities of a hard choice, (B, H, q_len), to the collector."""
+        if self.collector is not None and log_prob is not None:
+            self.collector(log_prob)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionState:
         """Moves the temperature with the model, but keeps it float32: bfloat16 would round it by up to 0.4 %."""

@@ -4,12 +4,14 @@ The formulas of DESIGN's table in float32, with what enters a product of matrice
 they meet the values, gradients of scores before they meet keys and queries; the output is kept rounded for delta.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from gumbel_attention import noise
 from gumbel_attention.arguments import attention_problem
-from gumbel_attention.impl import reference
+from gumbel_attention.estimators import choose
 
 Arguments = dict[str, object]
 
@@ -31,8 +33,9 @@ def rounded_products(arguments: Arguments, d_out: Tensor, *, truncate: bool = Fa
     scores = q @ k.mT * problem.scale
     if bias is not None:
         scores = scores + (bias if visible is None else torch.where(visible, bias, 0.0))
-    chosen = reference.choose(scores.detach(), visible, choice)
-    p, factor, d_o = chosen.relaxed.detach(), torch.ones(()), d_out.float()
+    p = choose(scores, visible, dataclasses.replace(choice, hard=False)).weights
+    hard = choose(scores, visible, choice).weights if choice.hard else None
+    factor, d_o = torch.ones(()), d_out.float()
     if problem.dropout_p > 0.0:
         assert choice.where is not None
         factor = noise.dropout_factor(problem.dropout_p, choice.where).float()
@@ -42,10 +45,10 @@ def rounded_products(arguments: Arguments, d_out: Tensor, *, truncate: bool = Fa
             return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32)
         return x.to(dtype).float()
 
-    used = rounded(p * factor) if chosen.one_hot is None else chosen.one_hot * factor
+    used = rounded(p * factor) if hard is None else hard * factor
     output = rounded(used @ v)
     d_p = d_o @ v.mT * factor
-    delta = (d_o * output if chosen.one_hot is None else p * d_p).sum(-1, keepdim=True)
+    delta = (d_o * output if hard is None else p * d_p).sum(-1, keepdim=True)
     d_z = p * (d_p - delta)
     d_s = rounded(d_z / choice.tau)
     z = (scores if choice.where is None else scores + choice.noise_scale * _noise(problem)) / choice.tau

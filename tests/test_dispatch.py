@@ -75,7 +75,7 @@ def test_explaining_draws_nothing() -> None:
     ],
 )
 def test_an_explicit_choice_never_falls_back(settings: dict[str, object], reason: str) -> None:
-    with pytest.raises(ValueError, match=f"impl='sdpa' cannot compute this call: .*{reason}.*Use 'auto'"):
+    with pytest.raises(ValueError, match=f"impl='sdpa' cannot compute this call: .*{reason}.*Use impl='auto'"):
         ga.gumbel_attention(*qkv(8), impl="sdpa", **settings)
 
 

@@ -251,7 +251,7 @@ def test_gumbel_softmax_masks_exactly(kind: str, hard: bool) -> None:
         ({"noise": "laplace"}, ValueError, "noise must be one of"),
         ({"noise_scale": -1.0}, ValueError, "noise_scale"),
         ({"estimator": "straight_through"}, ValueError, "needs hard=True"),
-        ({"hard": True, "estimator": "reinmax"}, ValueError, "estimator must be one of"),
+        ({"hard": True, "estimator": "rebar"}, ValueError, "estimator must be one of"),
         ({"impl": "metal"}, ValueError, "impl must be one of"),
         ({"dropout_p": 1.5}, ValueError, "between 0 and 1"),
         ({"softcap": 0.0}, ValueError, "softcap"),

@@ -3,11 +3,11 @@
 The formulas of the reference, a block of queries at a time, in one autograd function. Scores, noise and weights are
 never kept: the backward pass computes them again from the inputs and the seed.
 
-    dP = dO V^T        dZ = P * (dP - delta)       delta = rowsum(P * dP)
-    dS = dZ / tau      dQ = scale * dS K           dK = scale * dS^T Q         dV = P^T dO, or one_hot^T dO
-    dtau = -(1 / tau) sum dZ * Z                   dnoise_scale = (1 / tau) sum dZ * G
+    dW = dO V^T                                    gradient of the weights, which the softmax or the estimator turns
+    dS, dtau, dnoise_scale                         into those of the scores, the temperature and the noise scale
+    dQ = scale * dS K        dK = scale * dS^T Q   dV = W^T dO, for a hard choice by its indices
 
-delta is dO . (P V) for a soft and for a straight-through choice. Dropout multiplies P where it meets V.
+Dropout multiplies the weights W where they meet V.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from .problem import AttentionProblem, compute_dtype
+from ..estimators import Row, log_prob, one_hot, pick, pull_back, relaxed, row_of, surrogates, without_sink
+from .problem import AttentionInfo, AttentionProblem, compute_dtype
 
 BLOCK_SCORES = 2**20
 """Scores of a block, over all examples and heads; a few tensors of this size live at a time."""
 
 
 class Block(NamedTuple):
-    """A block of queries, (B, H, rows, Lk), with the sinks' column after the keys in ``z`` and ``sampled``.
+    """A block of queries, (B, H, rows, Lk), with the sinks' column after the keys in ``scores`` and ``row``.
 
-    ``z`` is finfo.min where a key does not take part; ``factor`` is dropout's and ``slope`` the soft cap's.
+    ``scores`` are 0 where a key does not take part; ``factor`` is dropout's and ``slope`` the soft cap's.
     """
 
     rows: slice
     query: Tensor
-    visible: Tensor | None
-    z: Tensor
-    sampled: Tensor | None
+    scores: Tensor
+    row: Row
     factor: Tensor | None
     slope: Tensor | None
 
@@ -49,26 +49,57 @@ def attention(problem: AttentionProblem, block_scores: int = BLOCK_SCORES) -> Te
         problem: the checked arguments.
         block_scores: how many scores a block holds.
     """
+    return _attention(problem, block_scores, False)[0]
+
+
+def attention_with_choice(problem: AttentionProblem, block_scores: int = BLOCK_SCORES) -> AttentionInfo:
+    """:func:`attention` with the keys of a hard choice and their log-probability; without weights."""
+    choice = problem.choice
+    sampled = choice.hard and choice.noise == "gumbel"
+    output, indices, log_probs = _attention(problem, block_scores, sampled)
+    if not choice.hard:
+        return AttentionInfo(output, None, None, None)
+    return AttentionInfo(
+        output, None, indices if choice.top_k is not None else indices.squeeze(-1), log_probs if sampled else None
+    )
+
+
+def _attention(problem: AttentionProblem, block_scores: int, with_log_prob: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, indices (B, H, Lq, k) and log-probabilities (B, H, Lq); the last two empty where there are none."""
     tensors = _tensors(problem)
-    output: Tensor = _Blockwise.apply(_with_tensors(problem, [_detached(x) for x in tensors]), block_scores, *tensors)
-    return output
+    constants = _with_tensors(problem, [_detached(x) for x in tensors])
+    result: tuple[Tensor, Tensor, Tensor] = _Blockwise.apply(constants, block_scores, with_log_prob, *tensors)
+    return result
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: AttentionProblem, block_scores: int, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, problem: AttentionProblem, block_scores: int, with_log_prob: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.problem = _with_tensors(problem, [None] * len(tensors))
-        ctx.block_scores = block_scores
+        ctx.block_scores, ctx.with_log_prob = block_scores, with_log_prob
         ctx.save_for_backward(*tensors)
-        query = problem.query
+        query, choice = problem.query, problem.choice
         key, value = _keys_and_values(problem)
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        rows = query.shape[:-1]
+        indices = query.new_empty((*rows, choice.top_k or 1) if choice.hard else (0,), dtype=torch.int64)
+        log_probs = query.new_empty(rows if with_log_prob else (0,), dtype=key.dtype)
         for block in _blocks(problem, key, block_scores):
-            output[:, :, block.rows] = _output(block, value, problem.choice.hard).to(query.dtype)
-        return output
+            if not choice.hard:
+                output[:, :, block.rows] = _averaged(_weights(block), value).to(query.dtype)
+                continue
+            chosen = pick(block.scores, block.row)
+            output[:, :, block.rows] = _gathered(block, chosen, value).to(query.dtype)
+            indices[:, :, block.rows] = without_sink(chosen, value.shape[-2])
+            if with_log_prob:
+                log_probs[:, :, block.rows] = _log_prob(block, chosen)(*_arguments(block))
+        ctx.mark_non_differentiable(indices)
+        return output, indices, log_probs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "second derivatives are not implemented in impl='blockwise': use impl='reference' with hard=False, or "
@@ -78,8 +109,9 @@ class _Blockwise(torch.autograd.Function):
         key, value = _keys_and_values(problem)
         gradients = _Gradients(problem, key, value)
         for block in _blocks(problem, key, ctx.block_scores):
-            gradients.add(block, grad[:, :, block.rows].to(key.dtype))
-        return None, None, *gradients.result(ctx.needs_input_grad[2:])
+            of_log_prob = grad_log_prob[:, :, block.rows] if ctx.with_log_prob else None
+            gradients.add(block, grad[:, :, block.rows].to(key.dtype), of_log_prob)
+        return None, None, None, *gradients.result(ctx.needs_input_grad[3:])
 
 
 class _Gradients:
@@ -90,36 +122,44 @@ class _Gradients:
         self.tensors = _tensors(problem)
         self.totals = [None if x is None else torch.zeros_like(x, dtype=key.dtype) for x in self.tensors]
 
-    def add(self, block: Block, grad: Tensor) -> None:
-        """Adds what a block of queries contributes; ``grad`` is that of its output, (B, H, rows, Dv)."""
-        problem, choice, k_len = self.problem, self.problem.choice, self.key.shape[-2]
+    def add(self, block: Block, grad: Tensor, grad_log_prob: Tensor | None) -> None:
+        """Adds what a block of queries contributes.
+
+        Args:
+            block: the block.
+            grad: gradient of its output, (B, H, rows, Dv).
+            grad_log_prob: gradient of the log-probabilities, (B, H, rows), where they were asked for.
+        """
+        problem, k_len = self.problem, self.key.shape[-2]
         d_query, d_key, d_value, d_bias, d_sinks, d_tau, d_noise_scale = self.totals
         assert d_query is not None
         assert d_key is not None
         assert d_value is not None
-        relaxed = _relaxed(block)
         d_weights = _per_key(grad, self.value)
-        weights = relaxed[..., :k_len]
         if block.factor is not None:
-            d_weights, weights = d_weights * block.factor, weights * block.factor
-        if choice.hard:
-            _scatter(d_value, block, grad)
+            d_weights = d_weights * block.factor
+        d_weights = torch.nn.functional.pad(d_weights, (0, block.scores.shape[-1] - k_len))  # a sink has no value
+        if not problem.choice.hard:
+            d_value += _grouped(_weights(block), self.key).mT @ _grouped(grad, self.key)
+            parts = pull_back([_relaxed(block)], *_arguments(block), d_weights)
         else:
-            d_value += _grouped(weights, self.key).mT @ _grouped(grad, self.key)
-        d_weights = torch.nn.functional.pad(d_weights, (0, relaxed.shape[-1] - k_len))  # a sink has no value
-        d_z = relaxed * (d_weights - (relaxed * d_weights).sum(-1, keepdim=True))
-        if d_tau is not None:
-            d_tau -= (d_z * block.z / choice.tau).sum_to_size(d_tau.shape)
-        if d_noise_scale is not None and block.sampled is not None:
-            d_noise_scale += (d_z * block.sampled / choice.tau).sum_to_size(d_noise_scale.shape)
-        d_logits = d_z / choice.tau
+            chosen = pick(block.scores, block.row)
+            _scatter(d_value, block, chosen, grad)
+            parts = pull_back(surrogates(block.scores, chosen, block.row), *_arguments(block), d_weights)
+            if grad_log_prob is not None:
+                _add(parts, pull_back([_log_prob(block, chosen)], *_arguments(block), grad_log_prob))
+        d_logits, of_tau, of_noise_scale = parts
+        assert d_logits is not None
+        for total, part in ((d_tau, of_tau), (d_noise_scale, of_noise_scale)):
+            if total is not None and part is not None:
+                total += part
         if d_sinks is not None:
             d_sinks += d_logits[..., -1].sum((0, 2))
         d_scores = d_logits[..., :k_len]
         if d_bias is not None:
             rows = block.rows if d_bias.shape[-2] > 1 else slice(None)
-            part = d_bias[..., rows, :]
-            part += d_scores.sum_to_size(part.shape)
+            d_rows = d_bias[..., rows, :]
+            d_rows += d_scores.sum_to_size(d_rows.shape)
         if block.slope is not None:
             d_scores = d_scores * block.slope
         d_scores = _grouped(d_scores, self.key) * problem.scale
@@ -149,69 +189,75 @@ def _block(problem: AttentionProblem, key: Tensor, rows: slice) -> Block:
     if problem.softcap is not None:
         capped = torch.tanh(scores / problem.softcap)
         scores, slope = problem.softcap * capped, 1.0 - capped.square()
-    visible = problem.visible(rows)
     if problem.bias is not None:
         bias = problem.bias[..., rows, :] if problem.bias.shape[-2] > 1 else problem.bias
         scores = scores + bias.to(dtype)
-    if problem.sinks is not None:
-        column = problem.sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        if visible is not None:
-            visible = torch.cat([visible.expand_as(scores), torch.ones_like(column, dtype=torch.bool)], dim=-1)
-        scores = torch.cat([scores, column], dim=-1)
+    sinks = problem.sinks
+    if sinks is not None:
+        sinks = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
     where = None if choice.where is None else choice.where.rows(rows)
-    sampled = None
-    if choice.noise != "none":
-        assert where is not None
-        sampled = noise.sample(choice.noise, where).to(dtype)
-        if problem.sinks is not None:
-            sampled = torch.cat([sampled, noise.sample(choice.noise, where, sink=True).to(dtype)], dim=-1)
-        scores = scores + choice.noise_scale * sampled
-    z = scores / choice.tau
-    if visible is not None:
-        z = z.masked_fill(~visible, torch.finfo(dtype).min)
+    scores, row = row_of(scores, problem.visible(rows), choice, where, sinks)
     factor = None
     if problem.dropout_p > 0.0:
         assert where is not None
         factor = noise.dropout_factor(problem.dropout_p, where).to(dtype)
-    return Block(rows, query, visible, z, sampled, factor, slope)
+    return Block(rows, query, scores, row, factor, slope)
 
 
-def _relaxed(block: Block) -> Tensor:
-    """softmax(Z); exactly 0 for keys that do not take part, and for rows in which none does."""
-    relaxed = torch.softmax(block.z, dim=-1)
-    return relaxed if block.visible is None else relaxed.masked_fill(~block.visible, 0.0)
+def _arguments(block: Block) -> tuple[Tensor, float | Tensor, float | Tensor]:
+    """What a surrogate is a function of."""
+    return block.scores, block.row.choice.tau, block.row.choice.noise_scale
 
 
-def _output(block: Block, value: Tensor, hard: bool) -> Tensor:
-    """(B, H, rows, Dv): values averaged by the weights, or gathered."""
-    if not hard:
-        weights = _relaxed(block)[..., : value.shape[-2]]
-        weights = weights if block.factor is None else weights * block.factor
-        return (_grouped(weights, value) @ value).reshape(*weights.shape[:-1], value.shape[-1])
-    row, weight = _picks(block, value)
-    picked = value.flatten(0, 2)[row] * weight[..., None]
-    return torch.where(weight[..., None] > 0, picked, 0.0)
+def _relaxed(block: Block) -> Any:
+    return lambda scores, tau, noise_scale: relaxed(scores, tau, noise_scale, block.row)
 
 
-def _picks(block: Block, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen row of ``value.flatten(0, 2)`` for each query, and its weight: 1, dropout's, or 0 for no key."""
-    (batch, kv_heads, k_len, _), heads = value.shape, block.z.shape[1]
-    top = block.z.argmax(dim=-1)
-    chosen = top < k_len
-    if block.visible is not None:
-        chosen = chosen & block.visible.any(dim=-1)
-    top = top.clamp(max=k_len - 1)
-    weight = chosen.to(value.dtype)
-    if block.factor is not None:
-        weight = weight * block.factor.gather(-1, top[..., None])[..., 0]
-    head = torch.arange(batch * heads, device=top.device).reshape(batch, heads, 1) // (heads // kv_heads)
-    return head * k_len + top, weight
+def _log_prob(block: Block, chosen: Tensor) -> Any:
+    return lambda scores, tau, noise_scale: log_prob(scores, noise_scale, chosen, block.row)
 
 
-def _scatter(d_value: Tensor, block: Block, grad: Tensor) -> None:
+def _add(totals: list[Tensor | None], more: list[Tensor | None]) -> None:
+    for i, (total, part) in enumerate(zip(totals, more, strict=True)):
+        totals[i] = total if total is None or part is None else total + part
+
+
+def _weights(block: Block) -> Tensor:
+    """Weights (B, H, rows, Lk) of a soft choice, after dropout."""
+    weights = relaxed(*_arguments(block), block.row)[..., : block.scores.shape[-1] - block.row.sink]
+    return weights if block.factor is None else weights * block.factor
+
+
+def _averaged(weights: Tensor, value: Tensor) -> Tensor:
+    """(B, H, rows, Dv): values averaged by the weights."""
+    return (_grouped(weights, value) @ value).reshape(*weights.shape[:-1], value.shape[-1])
+
+
+def _gathered(block: Block, chosen: Tensor, value: Tensor) -> Tensor:
+    """(B, H, rows, Dv): the values chosen; of a key without weight nothing is read."""
+    output = value.new_zeros(*chosen.shape[:-1], value.shape[-1])
+    for row, weight in _picks(block, chosen, value):
+        output += torch.where(weight[..., None] > 0, value.flatten(0, 2)[row] * weight[..., None], 0.0)
+    return output
+
+
+def _scatter(d_value: Tensor, block: Block, chosen: Tensor, grad: Tensor) -> None:
     """Adds the gradient of the chosen values in place."""
-    row, weight = _picks(block, d_value)
-    d_value.flatten(0, 2).index_add_(0, row.flatten(), (grad * weight[..., None]).flatten(0, 2))
+    for row, weight in _picks(block, chosen, d_value):
+        d_value.flatten(0, 2).index_add_(0, row.flatten(), (grad * weight[..., None]).flatten(0, 2))
+
+
+def _picks(block: Block, chosen: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each pick: its row of ``value.flatten(0, 2)``, and its weight with dropout, 0 for no key or a sink."""
+    (batch, kv_heads, k_len, _), heads = value.shape, chosen.shape[1]
+    head = torch.arange(batch * heads, device=value.device).reshape(batch, heads, 1) // (heads // kv_heads)
+    weights = one_hot(chosen, block.scores, block.row)
+    for index in chosen.split(1, dim=-1):
+        key = index.clamp(min=0, max=k_len - 1)
+        weight = weights.gather(-1, index.clamp(min=0)).masked_fill((index < 0) | (index >= k_len), 0.0)
+        if block.factor is not None:
+            weight = weight * block.factor.gather(-1, key)
+        yield head * k_len + key[..., 0], weight[..., 0]
 
 
 def _per_key(x: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import Coordinates, positions
+from ..estimators import Choice
+from ..noise import positions
 
 
 class AttentionInfo(NamedTuple):
@@ -18,32 +19,17 @@ class AttentionInfo(NamedTuple):
         output: (..., q_len, v_dim), the dtype of the query.
         weights: (..., q_len, k_len), the weights actually used, after dropout; one-hot where the choice is hard.
             ``None``, like what follows, where only the output was asked for.
-        indices: (..., q_len) int64, the chosen key; -1 where no key takes part or the sink was chosen. ``None``
-            for a soft choice.
-        log_prob: (..., q_len), log softmax(scores / noise_scale) of the choice, 0 where no key takes part;
-            differentiable. ``None`` unless the choice is hard and the noise is Gumbel's: only then is
-            the choice a sample of that distribution.
+        indices: (..., q_len) int64, the chosen key, or with ``top_k`` (..., q_len, top_k) the keys, the best first; -1
+            where no key is left or the sink was chosen. ``None`` for a soft choice.
+        log_prob: (..., q_len), log softmax(scores / noise_scale) of the choice, 0 where no key takes part, with
+            ``top_k`` that of the keys in their order; differentiable. ``None`` unless the choice is hard and the noise
+            is Gumbel's: only then is the choice a sample of that distribution.
     """
 
     output: Tensor
     weights: Tensor | None
     indices: Tensor | None
     log_prob: Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """How scores become weights: the arguments that attention and ``gumbel_softmax`` share.
-
-    ``tau`` and ``noise_scale`` are floats or tensors that broadcast against (batch, heads, q_len, k_len).
-    ``noise`` is ``"none"`` where no noise is to be added. ``where`` is ``None`` where nothing is to be drawn.
-    """
-
-    tau: float | Tensor
-    hard: bool
-    noise: str
-    noise_scale: float | Tensor
-    where: Coordinates | None
 
 
 @dataclasses.dataclass(frozen=True)

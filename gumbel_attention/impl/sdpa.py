@@ -12,6 +12,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
     """Why this implementation cannot solve the problem; ``None`` if it can."""
     if problem.choice.hard or problem.choice.noise != "none":
         return "it has neither noise nor a hard choice"
+    if problem.choice.top_k is not None:
+        return "it has no relaxed subsets"
     if problem.softcap is not None or problem.sinks is not None:
         return "it has neither softcap nor sinks"
     if problem.dropout_p > 0.0 and problem.seed_given:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..arguments import draws, make_choice, takes_part
 from ..attend import attend
 from ..config import GumbelAttentionConfig
-from ..impl import reference
+from ..estimators import choose, masked_softmax
 from ..impl.problem import compute_dtype
 from ..noise import Coordinates, draw_seed
 from .patched_state import PatchedState
@@ -111,24 +111,24 @@ class SoftmaxState(PatchedState):
     def _weights(self, scores: Tensor, visible: Tensor, rows: Tensor) -> Tensor:
         """Weights (1, N, Q, K) of scores in that shape; ``rows`` is the shape they came in."""
         settings = self.arguments(self.training)
-        tau, noise, scale = settings["tau"], settings["noise"], settings["noise_scale"]
+        tau, noise, scale = settings["tau"], settings["noise"], settings.get("noise_scale", 1.0)
         repeats = self._repeats(rows) if self._per_head else 1
         if self.config.learn_tau == "head":
             tau = tau.repeat(repeats)
         where = None
         if draws(noise, scale):
             where = Coordinates(draw_seed(device=scores.device), *scores.shape)
-        chosen = reference.choose(
-            scores, visible, make_choice(tau, settings["hard"], noise, scale, where, scores.dtype)
-        )
-        weights = chosen.relaxed
-        if chosen.one_hot is not None:
-            weights = reference.straight_through(chosen.one_hot, weights)
-        if self.config.heads is None:
-            return weights
-        picked = {head % self.num_heads for head in self.config.heads}
-        selected = torch.tensor([h in picked for h in range(self.num_heads)], device=scores.device).repeat(repeats)
-        return torch.where(selected[:, None, None], weights, reference.masked_softmax(scores, visible))
+        how = (settings.get(name) for name in ("estimator", "samples", "top_k"))
+        chosen = choose(scores, visible, make_choice(tau, settings["hard"], noise, scale, where, scores.dtype, *how))
+        weights, log_prob = chosen.weights, chosen.log_prob
+        if self.config.heads is not None:
+            picked = {head % self.num_heads for head in self.config.heads}
+            selected = torch.tensor([h in picked for h in range(self.num_heads)], device=scores.device).repeat(repeats)
+            weights = torch.where(selected[:, None, None], weights, masked_softmax(scores, visible))
+            log_prob = None if log_prob is None else log_prob.where(selected[:, None], 0.0)
+        if self.collector is not None and log_prob is not None:
+            self.hand_over(log_prob.reshape(self._repeats(rows), self.num_heads, -1))
+        return weights
 
     def _repeats(self, rows: Tensor) -> int:
         """How often the heads come one after the other in the flattened rows."""
@@ -137,8 +137,9 @@ class SoftmaxState(PatchedState):
         if rows.ndim == 3 and rows.shape[0] % self.num_heads == 0:
             return rows.shape[0] // self.num_heads
         raise ValueError(
-            f"heads= and learn_tau='head' need scores of shape (B, {self.num_heads}, Q, K) or (B*{self.num_heads}, Q, "
-            f"K) with the keys last, got {tuple(rows.shape)}; leave this layer out or treat its heads alike."
+            "heads=, learn_tau='head' and collect_log_probs need scores of shape "
+            f"(B, {self.num_heads}, Q, K) or (B*{self.num_heads}, Q, K) with the keys last, got {tuple(rows.shape)}; "
+            "leave this layer out, or treat its heads alike."
         )
 
 

@@ -33,6 +33,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return f"it computes in float32, and the tensors are {query.dtype}"
     if choice.noise not in ("none", "gumbel"):
         return f"it draws Gumbel noise only, not {choice.noise!r}"
+    if not choice.only_straight_through:
+        return "its hard choice is of one key, straight-through"
     if problem.softcap is not None:
         return "it has no softcap"
     if problem.sinks is not None:

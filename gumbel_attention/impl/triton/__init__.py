@@ -41,6 +41,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
     query, choice, bias = problem.query, problem.choice, problem.bias
     d, d_v = query.shape[-1], problem.value.shape[-1]
     reasons = {
+        "their hard choice is of one key, straight-through": not choice.only_straight_through,
         "they have no soft cap": problem.softcap is not None,
         "they have no sinks": problem.sinks is not None,
         "they give attn_mask no gradient": bias is not None and bias.requires_grad and torch.is_grad_enabled(),

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...estimators import Choice
 from ...noise import Coordinates
-from ..problem import AttentionProblem, Choice
+from ..problem import AttentionProblem
 from .sizes import places
 
 PROBLEM = (
