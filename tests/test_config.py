@@ -1,7 +1,6 @@
-"""The configuration object and the temperature schedules."""
+"""The configuration object."""
 
 import dataclasses
-import itertools
 import json
 import math
 import subprocess
@@ -58,43 +57,6 @@ def test_unknown_keys_and_versions_are_refused() -> None:
         ga.GumbelAttentionConfig.from_dict({"temprature": 1.0})
     with pytest.raises(ValueError, match="noise_version 2"):
         ga.GumbelAttentionConfig.from_dict({"noise_version": 2})
-
-
-@pytest.mark.parametrize("kind", ["linear", "exponential", "cosine", "step"])
-def test_schedules_run_from_start_to_end_and_stay(kind: str) -> None:
-    tau = ga.temperature_schedule(kind, 2.0, 0.5, 100)
-    values = [tau(step) for step in range(120)]
-    assert values[0] == pytest.approx(2.0)
-    assert values[100:] == pytest.approx([0.5] * 20)
-    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
-
-
-def test_schedules_at_half_way() -> None:
-    half = {kind: ga.temperature_schedule(kind, 2.0, 0.5, 100)(50) for kind in ("linear", "exponential", "cosine")}
-    assert half == pytest.approx({"linear": 1.25, "exponential": 1.0, "cosine": 1.25})
-    stairs = ga.temperature_schedule("step", 2.0, 0.5, 100, drops=2)
-    assert [stairs(s) for s in (0, 49, 50, 99, 100)] == pytest.approx([2.0, 2.0, 1.0, 1.0, 0.5])
-    assert ga.temperature_schedule("constant", 0.7)(10**6) == 0.7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("linaer", 1.0, 0.5, 10), "Did you mean 'linear'"),
-        (("linear", 0.0, 0.5, 10), "start must be"),
-        (("linear", 1.0, -1.0, 10), "end must be"),
-        (("linear", 1.0, 0.5, 0), "steps must be an integer >= 1"),
-        (("constant", 1.0, 0.5, 10), "one temperature"),
-    ],
-)
-def test_bad_schedules(arguments: tuple[object, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ga.temperature_schedule(*arguments)  # type: ignore[arg-type]
-
-
-def test_a_negative_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="step must be >= 0"):
-        ga.temperature_schedule("linear", 1.0, 0.5, 10)(-1)
 
 
 def test_the_import_is_light() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -114,8 +115,34 @@ def test_extreme_words_are_finite_and_large_values_keep_their_bits() -> None:
     assert noise.normal(words, words.flip(0)).isfinite().all()
 
 
+def _exact_logistic(word: int) -> float:
+    """(log(1 - v) - log(v)) / sqrt(2) in 50 decimal digits."""
+    with localcontext(prec=50):
+        v = (Decimal(word) + Decimal("0.5")) / 2**32
+        return float(((1 - v).ln() - v.ln()) / Decimal(2).sqrt())
+
+
+def test_logistic_noise_is_exact_to_the_last_digits_at_both_ends_and_in_the_middle() -> None:
+    middle, top = 2**31, 2**32 - 1
+    words = [0, 1, 2, 1000, 2**16, middle - 2, middle - 1, middle, middle + 1, top - 1000, top - 2, top - 1, top]
+    words += torch.randint(0, 2**32, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    got = noise.logistic(torch.tensor(words))
+    assert got.isfinite().all()
+    exact = torch.tensor([_exact_logistic(word) for word in words], dtype=torch.float64)
+    torch.testing.assert_close(got, exact, rtol=1e-15, atol=0)
+    assert got[:13].float().unique().numel() == 13
+    assert got[0] == got.max()  # a small word is a large value
+
+
+def test_logistic_noise_is_symmetric_to_the_bit() -> None:
+    words = noise.word_grid(int64(5), int64(0), 0, 64, 0, 64)
+    assert torch.equal(noise.logistic(words), -noise.logistic(2**32 - 1 - words))
+
+
 FALSE_ALARM = 1e-4
 """Of each test below, on a fresh seed; the seeds are fixed, so a pass stays a pass."""
+RARE = 1e-6
+"""The same, of the tests that all families share."""
 
 
 def _uniforms(stream: int) -> torch.Tensor:
@@ -133,6 +160,37 @@ def test_normal_has_the_variance_of_gumbel() -> None:
     scale = math.pi / math.sqrt(6)
     assert stats.kstest(draws, stats.norm(scale=scale).cdf).pvalue > FALSE_ALARM
     assert stats.kstest(draws * 1.03, stats.norm(scale=scale).cdf).pvalue < FALSE_ALARM
+
+
+def test_logistic_has_its_distribution() -> None:
+    where = Coordinates(int64(13), 1, 4, 256, 256)
+    law = stats.logistic(scale=1 / math.sqrt(2))
+    assert stats.kstest(noise.sample("logistic", where).flatten().numpy(), law.cdf).pvalue > RARE
+    assert stats.kstest(noise.sample("normal", where).flatten().numpy(), law.cdf).pvalue < RARE  # the control
+
+
+@pytest.mark.parametrize(
+    ("family", "mean", "kurtosis"), [("gumbel", 0.5772156649015329, 5.4), ("normal", 0.0, 3.0), ("logistic", 0.0, 4.2)]
+)
+def test_every_family_has_its_mean_and_the_variance_of_gumbel(family: str, mean: float, kurtosis: float) -> None:
+    """Two z tests share the false alarms; the spread of the sample variance follows from the kurtosis."""
+    draws = noise.sample(family, Coordinates(int64(14), 1, 4, 256, 256)).flatten()
+    variance, n = math.pi**2 / 6, draws.numel()
+
+    def z(x: torch.Tensor) -> tuple[float, float]:
+        of_mean = (x.mean().item() - mean) / math.sqrt(variance / n)
+        of_variance = ((x - mean).square().mean().item() / variance - 1) / math.sqrt((kurtosis - 1) / n)
+        return abs(of_mean), abs(of_variance)
+
+    bound = stats.norm.isf(RARE / 4)
+    assert max(z(draws)) < bound
+    assert z(mean + (draws - mean) * 1.03)[1] > bound  # the controls: three percent too wide, and moved by 0.02
+    assert z(draws + 0.02)[0] > bound
+
+
+def test_a_family_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="no noise family 'cauchy'; there are 'gumbel', 'normal' and 'logistic'"):
+        noise.sample("cauchy", Coordinates(int64(0), 1, 1, 1, 1))
 
 
 def test_streams_are_independent() -> None:

@@ -324,3 +324,26 @@ def test_a_second_sequence_length_compiles_in_one_graph_too():
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, **CLOSE)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("learn_tau", ["scalar", "head"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_learned_temperature_stays_positive_through_rough_steps_and_is_saved(name, learn_tau, hard, tmp_path):
+    model = trained(name)
+    patch = ga.patch_model(model, Config(tau=0.5, hard=hard, learn_tau=learn_tau))
+    optimizer = torch.optim.Adam(patch.learned_tau_parameters(), lr=0.5)  # a step of 0.5 would take tau itself below 0
+    low = 0.5
+    for seed in range(8):
+        loss_gradients(model, seed=seed)
+        optimizer.step()
+        low = min(low, *(tau.min().item() for tau in patch.tau))
+    assert 0 < low < 0.2
+    assert all(tau.isfinite().all() for tau in patch.tau)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ga.from_pretrained(type(model), tmp_path).eval()
+    restored = ga.patch_of(loaded)
+    assert all(torch.equal(one, two) for one, two in zip(patch.tau, restored.tau, strict=True))
+    assert len(restored.learned_tau_parameters()) == len(patch.layers)
+    assert all(parameter.requires_grad for parameter in restored.learned_tau_parameters())
+    assert torch.equal(logits(loaded), logits(model))

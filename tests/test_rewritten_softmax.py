@@ -83,7 +83,7 @@ def test_heads_and_their_temperatures(flat: bool) -> None:
 def test_heads_need_scores_that_show_them() -> None:
     state = state_with(noise="none", heads=(0,))
     for shape in ((3, 5, 2, 4), (3, 5, 4), (5, 4), (2, 3, 2, 5, 4)):
-        with pytest.raises(ValueError, match="heads= and learn_tau"):
+        with pytest.raises(ValueError, match="learn_tau='head' and collect_log_probs need scores"):
             state.softmax(torch.randn(shape), dim=-1)
 
 

@@ -1,11 +1,16 @@
-"""Frequencies: Gumbel-max samples Categorical(softmax(scores / noise_scale)), in every dtype, whatever tau is."""
+"""Frequencies: Gumbel-max samples Categorical(softmax(scores / noise_scale)), in every dtype, whatever tau is.
 
+No other noise does: the other families' frequencies are those of their own choice probabilities, by integration.
+"""
+
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
 import gumbel_attention as ga
+from noise_figures import FAMILIES, choice_probabilities, total_variation
 
 FALSE_ALARM = 1e-4
 """Of each chi-square test, on a fresh seed; the seeds are fixed, so a pass stays a pass."""
@@ -37,8 +42,13 @@ def counts(scores: Tensor, noise: str = "gumbel", **settings: object) -> Tensor:
 
 
 def p_value(observed: Tensor, scores: Tensor) -> float:
-    """Of the chi-square test against softmax(scores); cells that expect fewer than 5 are pooled."""
-    expected = scores.double().softmax(-1) * ROWS
+    """Of the chi-square test against softmax(scores)."""
+    return chi_square(observed, scores.double().softmax(-1))
+
+
+def chi_square(observed: Tensor, probabilities: Tensor) -> float:
+    """The p-value of the frequencies; cells that expect fewer than 5 are pooled."""
+    expected = probabilities * ROWS
     small = expected < 5
     cells = [
         torch.cat([x[~small].double(), x[small].sum().double()[None]] if small.any() else [x.double()])
@@ -83,3 +93,45 @@ def test_gumbel_softmax_in_half_precision() -> None:
     half = torch.distributions.Gumbel(torch.zeros((), dtype=torch.bfloat16), 1.0)
     control = int(((logits + half.sample(logits.shape)).argmax(-1) == 0).sum())
     assert stats.binomtest(control, ROWS // 4, 0.979305).pvalue < FALSE_ALARM
+
+
+CHOICES = {
+    "two": [0.7, -0.7],
+    "one favourite": [3.0] + [0.0] * 15,
+    "ramp": SCORES["ramp"],
+    "pairs": [2.0, 2.0, 0.0, 0.0, -1.0],
+}
+FAMILY_ALARM = 1e-6 / (len(FAMILIES) * len(CHOICES))
+"""Of each test of a family's frequencies; of all of them together it is 1e-6."""
+DISTANCE = {  # total variation between the choice and softmax(scores), by a trapezoid rule apart from the script's
+    "normal": {"two": 0.022282, "one favourite": 0.131556, "ramp": 0.088956, "pairs": 0.040355},
+    "logistic": {"two": 0.009984, "one favourite": 0.120613, "ramp": 0.073099, "pairs": 0.041746},
+}
+
+
+def probabilities_of(family: str, name: str) -> Tensor:
+    return torch.from_numpy(choice_probabilities(family, CHOICES[name]))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_only_the_choice_by_gumbel_noise_is_softmax(name: str) -> None:
+    softmax = np.exp(CHOICES[name]) / np.exp(CHOICES[name]).sum()
+    distance = {family: total_variation(choice_probabilities(family, CHOICES[name]), softmax) for family in FAMILIES}
+    assert distance["gumbel"] < 1e-8
+    for family, known in DISTANCE.items():
+        assert distance[family] == pytest.approx(known[name], abs=1e-6)
+
+
+def test_the_integral_is_that_of_the_difference_of_two_normals() -> None:
+    difference = stats.norm(scale=np.pi / np.sqrt(6) * np.sqrt(2))
+    expected = [difference.cdf(1.4), difference.cdf(-1.4)]
+    np.testing.assert_allclose(choice_probabilities("normal", CHOICES["two"]), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_chooses_with_the_probabilities_of_its_integral(family: str, name: str) -> None:
+    observed = counts(torch.tensor(CHOICES[name]), noise=family)
+    assert chi_square(observed, probabilities_of(family, name)) > FAMILY_ALARM
+    for other in set(FAMILIES) - {family}:  # the control: another family's integral does not fit
+        assert chi_square(observed, probabilities_of(other, name)) < FAMILY_ALARM

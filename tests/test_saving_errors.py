@@ -25,13 +25,13 @@ def test_a_newer_format_is_refused_with_the_keys_it_adds(tmp_path):
     def newer(entry):
         entry["format_version"], entry["library_version"] = 7, "9.1"
         entry["mood"] = "sunny"
-        entry["groups"][0]["config"]["samples"] = 4
+        entry["groups"][0]["config"]["flavour"] = 4
 
     saved.change_entry(tmp_path, newer)
     plain = type(model).from_pretrained(tmp_path)
     before = fingerprint(plain)
     for attempt in (lambda: ga.from_pretrained(type(model), tmp_path), lambda: ga.patch_model(plain)):
-        with pytest.raises(ValueError, match=r"format 7, written by gumbel_attention 9\.1.*\['mood', 'samples'\]"):
+        with pytest.raises(ValueError, match=r"format 7, written by gumbel_attention 9\.1.*\['flavour', 'mood'\]"):
             attempt()
     assert fingerprint(plain) == before
 

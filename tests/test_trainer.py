@@ -233,3 +233,39 @@ def test_learned_temperatures_are_resumed_with_their_optimiser(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(one, two) for one, two in zip(ga.patch_of(whole).tau, ga.patch_of(again).tau, strict=True))
     assert not torch.equal(torch.cat(ga.patch_of(again).tau), torch.ones(2 * models.HEADS))
+
+
+def test_the_noise_scale_follows_its_schedule_and_comes_back_from_a_checkpoint(tmp_path):
+    loudness = ga.temperature_schedule("linear", 1.0, 0.2, steps=6)
+    model, seen = _patched(), []
+    state = next(module for module in model.modules() if hasattr(module, "noise_override"))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(state.noise_scale.item()))
+    tracker = Tracker()
+    trainer = _trainer(model, tmp_path, tracker, save_strategy="steps", save_steps=3)
+    ga.GumbelAttentionCallback(noise_scale=loudness).attach(trainer)
+    trainer.train()
+    assert seen == [torch.tensor(loudness(step)).item() for step in range(STEPS)]
+    logged = [(entry["step"], entry["noise_scale"]) for entry in tracker.logged if "loss" in entry]
+    assert logged == [(step, loudness(step)) for step in range(1, STEPS + 1)]
+    checkpoint = tmp_path / "checkpoint-3"
+    saved = json.loads((checkpoint / "config.json").read_text())["gumbel_attention"]
+    assert [group["noise_scale"] for group in saved["groups"]] == [torch.tensor(loudness(3)).item()]
+    loaded = ga.from_pretrained(type(model), checkpoint)
+    scales = {module.noise_scale.item() for module in loaded.modules() if hasattr(module, "noise_override")}
+    assert scales == {torch.tensor(loudness(3)).item()}
+
+
+@pytest.mark.parametrize("kind", ["step", "clipped_exponential"])
+def test_every_kind_of_schedule_goes_on_where_the_other_run_was(kind, tmp_path):
+    timed = {"rate": 0.2, "every": 2} if kind == "clipped_exponential" else {"steps": 6}
+    model = _patched()
+    trainer = _trainer(model, tmp_path, save_strategy="steps", save_steps=3)
+    ga.GumbelAttentionCallback(tau=ga.temperature_schedule(kind, 2.0, 0.5, **timed)).attach(trainer)
+    trainer.train()
+    again, model = Tracker(), _patched(Config(tau=5.0))
+    again.watch(model)
+    trainer = _trainer(model, tmp_path, again)
+    schedule = ga.temperature_schedule(kind, 2.0, 0.5, **timed)  # made anew, as another process would
+    ga.GumbelAttentionCallback(tau=schedule).attach(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.taus == [torch.tensor(schedule(step)).item() for step in range(3, STEPS)]
