@@ -34,3 +34,11 @@ def data_dir() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (``-n 2 --dist loadgroup``) a file stays together; the conformance files share a count."""
+    for item in items:
+        together = "conformance" if item.path.name.startswith("test_conformance") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(together))
