@@ -65,6 +65,7 @@ class StoryModel(nn.Module):
         width: size of the embeddings.
         hops: attention hops, as many as the question has supporting facts.
         max_facts: recencies told apart; older facts share the last one.
+        max_words: longest sentence.
         config: the attention's setting.
     """
 
@@ -76,10 +77,11 @@ class StoryModel(nn.Module):
         width: int = 32,
         hops: int = 1,
         max_facts: int = 64,
+        max_words: int = 16,
         config: ga.GumbelAttentionConfig | None = None,
     ) -> None:
         super().__init__()
-        self.sentence = SentenceEncoder(vocabulary_size, width)
+        self.sentence = SentenceEncoder(vocabulary_size, width, max_words=max_words)
         self.recency = nn.Embedding(max_facts, width)
         self.attention = nn.ModuleList(ga.GumbelSetAttention(width, config=config) for _ in range(hops))
         self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(hops))

@@ -1,0 +1,247 @@
+"""Story question answering: bAbI files or generated stories in, batches, metrics, and the model on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import gumbel_attention as ga
+from harness.arguments import RunArguments, check_setting, setting
+from harness.attention import attention_config
+from harness.errors import UsageError
+from tasks.babi import Story, StoryBatch, Vocabulary, WorldSettings, encode_stories, generate_stories, read_babi
+from tasks.story_model import StoryModel
+
+MODEL_FILE = "story_model.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoryArguments(RunArguments):
+    """Settings of ``story_qa.py``."""
+
+    model_name_or_path: str = setting("scratch", "'scratch': the model is always built from the sizes below")
+    train_file: str | None = setting(None, "file in the bAbI format to train on; null generates stories")
+    validation_file: str | None = setting(None, "the file to evaluate on")
+    max_train_samples: int | None = setting(None, "train on a subset of this many questions; null is everything")
+    data_seed: int = setting(0, "chooses the subset, makes the stories; does not depend on seed")
+    supporting_facts: int = setting(1, "of generated stories: 1 asks for an actor's place, 2 for an object's")
+    train_stories: int = setting(2000, "how many to generate to train on")
+    validation_stories: int = setting(500, "how many to generate to evaluate on")
+    facts: int = setting(6, "facts of a generated story")
+    distractors: int = setting(2, "sentences of a generated story that change nothing")
+    width: int = setting(32, "of the hidden states")
+    hops: int | None = setting(None, "attention hops; null is the most supporting facts of a training question")
+    max_facts: int = setting(64, "recencies told apart; older facts share the last one")
+    max_words: int = setting(16, "longer sentences are cut to this many words")
+    output_dir: str = setting("runs/story_qa", "where config.yaml, checkpoints and results.json go")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_train_samples", "width", "hops", "max_facts", "max_words", "validation_stories"):
+            check_setting(self, name, "> 0", lambda value: value > 0)
+        check_setting(self, "data_seed", ">= 0", lambda value: value >= 0)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        if (self.train_file is None) != (self.validation_file is None):
+            raise UsageError("give both train_file and validation_file, or neither to generate stories.")
+        if self.model_name_or_path != "scratch":
+            raise UsageError(f"model_name_or_path must be 'scratch', got {self.model_name_or_path!r}.")
+        if self.gradient_checkpointing:
+            raise UsageError("gradient_checkpointing: the story model does not support it, and is small.")
+        if self.layers is not None:
+            raise UsageError(
+                "layers: the story model has one attention layer in each hop, all of which are set alike."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoryData:
+    """Both splits as tensors, and the vocabulary of the training stories.
+
+    Attributes:
+        train: training questions.
+        validation: evaluation questions.
+        vocabulary: words and answers.
+        supports: most supporting facts of a training question.
+    """
+
+    train: StoryBatch
+    validation: StoryBatch
+    vocabulary: Vocabulary
+    supports: int
+
+
+def load_data(args: StoryArguments, tell: Callable[[str], object]) -> StoryData:
+    """Reads or generates the stories; tells how many sentences are cut.
+
+    Raises:
+        UsageError: a file, or an answer in it, is not usable.
+    """
+    if args.train_file is not None and args.validation_file is not None:
+        train, validation = _read(args.train_file, "train_file"), _read(args.validation_file, "validation_file")
+    else:
+        train, validation = _generate(args)
+    if args.max_train_samples is not None and args.max_train_samples < len(train):
+        train = random.Random(args.data_seed).sample(train, args.max_train_samples)
+    vocabulary = Vocabulary(train)
+    if len(vocabulary.answers) < 2:
+        raise UsageError(
+            f"all training questions have the answer {vocabulary.answers[0]!r}; there is nothing to learn."
+        )
+    for number, story in enumerate(validation, start=1):
+        if story.answer not in vocabulary.answer_index:
+            raise UsageError(
+                f"validation question {number} ({story.question!r}) has the answer {story.answer!r}, which is not "
+                f"among the training answers {vocabulary.answers}."
+            )
+    batches = {}
+    for name, stories in (("train", train), ("validation", validation)):
+        sentences = {sentence for story in stories for sentence in (*story.facts, story.question)}
+        cut = sum(len(vocabulary.encode(sentence)) > args.max_words for sentence in sentences)
+        if cut:
+            tell(f"{name}: {cut} of {len(sentences)} different sentences are cut to max_words={args.max_words}")
+        batches[name] = _cut(encode_stories(stories, vocabulary), args.max_words)
+    supports = max(len(story.supports) for story in train)
+    return StoryData(batches["train"], batches["validation"], vocabulary, supports)
+
+
+def describe(batch: StoryBatch) -> list[dict[str, Any]]:
+    """The questions as plain values, by which data are told apart."""
+    columns = {name: tensor.tolist() for name, tensor in vars(batch).items()}
+    return [{name: column[row] for name, column in columns.items()} for row in range(len(batch))]
+
+
+def make_loaders(
+    data: StoryData, args: StoryArguments, order: torch.Generator
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training batches in random order, evaluation batches from short to long stories; each a dict of tensors."""
+
+    def collate_from(stories: StoryBatch) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+        return lambda rows: dict(vars(stories.select(torch.tensor(rows))))
+
+    train: DataLoader[Any] = DataLoader(
+        range(len(data.train)),  # type: ignore[arg-type]  # a sequence is a data set
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+        generator=order,
+        collate_fn=collate_from(data.train),
+    )
+    evaluation: DataLoader[Any] = DataLoader(
+        data.validation.fact_mask.sum(1).argsort(stable=True).tolist(),
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=collate_from(data.validation),
+    )
+    return train, evaluation
+
+
+def make_model(data: StoryData, args: StoryArguments) -> StoryModel:
+    """The model with the run's attention, or with a plain softmax for ``attention: unpatched``.
+
+    Raises:
+        UsageError: the layer refuses a setting.
+    """
+    config = attention_config(args) or ga.GumbelAttentionConfig(noise="none")
+    sizes = {"hops": args.hops or data.supports, "max_facts": args.max_facts, "max_words": args.max_words}
+    try:
+        return StoryModel(data.vocabulary.size, len(data.vocabulary.answers), width=args.width, config=config, **sizes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"attention settings: {error}") from error
+
+
+def compute_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross entropy of the answers; supporting facts are not trained on."""
+    return torch.nn.functional.cross_entropy(model(StoryBatch(**batch)).logits.float(), batch["answer"])
+
+
+def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+    """Loss and accuracy of the answers, and how the choices fare; leaves the model in train().
+
+    A hop's choice is the fact with the most weight. ``supporting_fact_accuracy`` is the share of choices that are
+    supporting facts, ``all_supports_found`` the share of questions whose every supporting fact is chosen.
+    """
+    columns: list[Tensor] = []
+    model.eval()
+    with torch.no_grad():
+        for batch in loader:
+            output = model(StoryBatch(**batch))
+            logits, answer, supports = output.logits.float(), batch["answer"], batch["supports"]
+            losses = torch.nn.functional.cross_entropy(logits, answer, reduction="none")
+            gold = supports.gather(1, output.picks)
+            found = torch.zeros_like(supports).scatter(1, output.picks, True) & supports
+            all_found = found.sum(1) == supports.sum(1)
+            rows = torch.stack([losses, logits.argmax(-1) == answer, gold.float().mean(1), all_found], 1)
+            columns.append(accelerator.gather_for_metrics(rows).double().cpu())
+    model.train()
+    means = torch.cat(columns).mean(0).tolist()
+    return dict(zip(("loss", "accuracy", "supporting_fact_accuracy", "all_supports_found"), means, strict=True))
+
+
+def save_model(model: StoryModel, data: StoryData, args: StoryArguments, folder: Path) -> None:
+    """Writes weights, sizes, vocabulary and attention; :func:`load_model` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / WEIGHTS_FILE)
+    attention: Any = model.attention[0].gumbel
+    content = {
+        "words": list(data.vocabulary.words),
+        "answers": data.vocabulary.answers,
+        "sizes": {
+            "width": args.width,
+            "hops": len(model.attention),
+            "max_facts": args.max_facts,
+            "max_words": args.max_words,
+        },
+        "attention": attention.config.to_dict(),
+        "tau": attention.tau.item() if attention.log_tau is None else None,
+    }
+    (folder / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_model(folder: str | Path) -> tuple[StoryModel, Vocabulary]:
+    """The model in eval() with the attention it was saved with, and its vocabulary."""
+    content = json.loads((Path(folder) / MODEL_FILE).read_text(encoding="utf-8"))
+    vocabulary = Vocabulary.of(content["words"], content["answers"])
+    config = ga.GumbelAttentionConfig.from_dict(content["attention"])
+    model = StoryModel(vocabulary.size, len(vocabulary.answers), config=config, **content["sizes"])
+    model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+    if content["tau"] is not None:
+        model.set_tau(content["tau"])
+    return model.eval(), vocabulary
+
+
+def _read(path: str, argument: str) -> list[Story]:
+    if not Path(path).is_file():
+        raise UsageError(f"{argument} {path!r}: no such file (relative paths start at {Path.cwd()}).")
+    try:
+        return read_babi(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{argument} {path!r} cannot be read as UTF-8 text: {error}.") from error
+    except ValueError as error:
+        raise UsageError(f"{argument}: {error}") from error
+
+
+def _generate(args: StoryArguments) -> tuple[list[Story], list[Story]]:
+    """Stories for training and evaluation, from different seeds."""
+    try:
+        train, validation = (
+            WorldSettings(args.supporting_facts, stories, facts=args.facts, distractors=args.distractors)
+            for stories in (args.train_stories, args.validation_stories)
+        )
+    except ValueError as error:
+        raise UsageError(f"generated stories: {error}") from error
+    return generate_stories(train, 2 * args.data_seed), generate_stories(validation, 2 * args.data_seed + 1)
+
+
+def _cut(batch: StoryBatch, words: int) -> StoryBatch:
+    return dataclasses.replace(batch, facts=batch.facts[:, :, :words], question=batch.question[:, :words])
