@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest benchmark check format clean
+.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest test-faults benchmark check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-models every text architecture of the installed transformers, built tiny, patched and compared"
 	@echo "make test-modalities  the same for vision, speech and multimodal architectures: which can be patched"
 	@echo "make test-lowest the patches on the lowest supported release of transformers"
+	@echo "make test-faults  20 training runs killed at random moments that go on: all must end with the same bits"
 	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
@@ -30,7 +31,7 @@ quickstart: $(STAMP)
 	$(RUN) training/quickstart.py
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
 
 test-fast: $(STAMP)
 	$(RUN) -m pytest -m "not slow"
@@ -55,6 +56,11 @@ test-lowest: $(STAMP)
 		--target $(VENV)/lowest transformers==5.17.0)
 	PYTHONPATH=$(VENV)/lowest $(RUN) -m pytest tests/test_patch_*.py tests/test_rewri*.py tests/test_saving.py \
 		tests/test_trainer.py
+
+# The moments come from a fixed seed, which the last line says; FAULT_TRIALS=N makes it N trials.
+FAULT_TRIALS ?= 20
+test-faults: $(STAMP)
+	FAULT_FRESH=1 FAULT_TRIALS=$(FAULT_TRIALS) $(RUN) -m pytest tests/training/test_faults.py
 
 benchmark: $(STAMP)
 	$(RUN) training/benchmark.py --preset $$($(RUN) -c "import torch; print('h100' if torch.cuda.is_available() else 'cpu')")

@@ -150,11 +150,24 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         (["--tau_end", "0.5"], "tau_schedule is constant"),
         (["--tau_schedule", "linear"], "needs tau_end"),
         (["--tau_schedule", "linear", "--tau_end", "0.5", "--learn_tau", "head"], "learned or scheduled"),
+        (["--checkpointing_steps", "0"], "checkpointing_steps must be > 0 or 'epoch', got 0"),
+        (["--checkpointing_steps", "epochs"], "checkpointing_steps must be > 0 or 'epoch', got 'epochs'"),
+        (["--checkpointing_steps", "2.5"], "checkpointing_steps: expected int or str or null, got 2.5"),
+        (["--keep_last", "0"], "keep_last must be > 0, got 0"),
+        (["--max_eval_samples", "0"], "max_eval_samples must be > 0, got 0"),
+        (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "exclude each other: the one removes"),
     ],
 )
 def test_settings_that_contradict_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_arguments(FinetuneArguments, [*FILES, *words])
+
+
+@pytest.mark.parametrize(("text", "expected"), [("500", 500), ("epoch", "epoch"), ("null", None)])
+def test_checkpoints_by_steps_or_epochs(tmp_path: Path, text: str, expected: Any) -> None:
+    assert parse_arguments(FinetuneArguments, [*FILES, "--checkpointing_steps", text]).checkpointing_steps == expected
+    config = write(tmp_path / "c.yaml", f"checkpointing_steps: {text}\n")
+    assert parse_arguments(FinetuneArguments, [*FILES, "--config", config]).checkpointing_steps == expected
 
 
 def test_data_must_be_given() -> None:

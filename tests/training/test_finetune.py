@@ -15,6 +15,7 @@ from tiny import run
 
 import finetune
 from harness import models
+from harness import run as run_module
 from harness.ablation import execute, load_study
 from harness.attention import control_attention
 from harness.errors import UsageError
@@ -31,7 +32,7 @@ def test_run_leaves_configuration_and_complete_results(settings: dict[str, Any])
     assert set(results) == {
         *("schema_version", "status", "started", "config", "label_names", "final", "series", "steps", "git"),
         *("train_seconds", "eval_seconds", "steps_per_second", "peak_memory_bytes", "device", "num_processes"),
-        *("num_threads", "versions"),
+        *("num_threads", "versions", "resumed_at_steps"),
     }
     assert results["config"] == yaml.safe_load((folder / "config.yaml").read_text())
     assert set(results["final"]) == {"noise_off", "noise_on"}
@@ -59,7 +60,7 @@ def test_layers_run_at_the_scheduled_temperature(settings: dict[str, Any], monke
         model.register_forward_pre_hook(keep)
         return control
 
-    monkeypatch.setattr(finetune, "control_attention", spying)
+    monkeypatch.setattr(run_module, "control_attention", spying)
     run(settings, tau_schedule="linear", tau_end=0.4, gradient_accumulation_steps=2, eval_steps=4)
     assert [tau for training, tau in seen if training] == pytest.approx([1.0, 1.0, 0.85, 0.7, 0.7, 0.55])
     assert {round(tau, 6) for training, tau in seen if not training} == {0.4}
@@ -142,6 +143,7 @@ def test_data_order_and_head_are_equal_across_arms(settings: dict[str, Any], mon
 
     soft = seen(noise="gumbel")
     assert len(soft) == 7
+    assert not all(map(torch.equal, soft[1:4], soft[4:])), "every epoch has an order of its own"
     for arm in (seen(noise="gumbel", hard=True, eval_steps=1), seen(attention="unpatched")):
         assert all(torch.equal(a, b) for a, b in zip(soft, arm, strict=True))
     other = seen(seed=5)

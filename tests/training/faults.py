@@ -1,0 +1,164 @@
+"""Runs of finetune.py in processes of their own, killed at random moments and started again."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runs import outcome, words
+
+import finetune
+from harness.checkpoints import UNFINISHED, find_checkpoints
+from harness.results import CONFIG_FILE, RESULTS_FILE
+
+SEED = 6
+"""Of the random moments."""
+_PATIENCE = 300.0
+
+
+class Child:
+    """One process that runs finetune.py.
+
+    Args:
+        line: its command line.
+        log: gets what it prints.
+        fresh: a fresh interpreter; else a fork of a server process that has imported finetune.py and nothing more,
+            which saves the seconds that the imports take.
+    """
+
+    def __init__(self, line: Sequence[str], log: Path, fresh: bool) -> None:
+        self._popen: subprocess.Popen[bytes] | None = None
+        if fresh:
+            with log.open("ab") as output:
+                command = [sys.executable, finetune.__file__, *line]
+                self._popen = subprocess.Popen(command, stdout=output, stderr=output)
+            return
+        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # of the server
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["faults"])
+        self._process = context.Process(target=_run, args=(list(line), str(log)))
+        self._process.start()
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._popen.poll() is None if self._popen else self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal, if it has not ended."""
+        if self.running():
+            os.kill(self._popen.pid if self._popen else self._process.pid, number)
+
+    def wait(self) -> int:
+        """The exit status; kills a process that takes too long."""
+        if self._popen is not None:
+            return self._popen.wait(_PATIENCE)
+        self._process.join(_PATIENCE)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError("the run does not end")
+        return int(self._process.exitcode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """When a process was killed.
+
+    Attributes:
+        aimed: at a write of a checkpoint, or else at any moment of training.
+        found: the checkpoint that was there, if any.
+        writing: a checkpoint was half written.
+        finished: the run had ended before.
+    """
+
+    aimed: bool
+    found: str | None
+    writing: bool
+    finished: bool
+
+    def __str__(self) -> str:
+        if self.finished:
+            return "after the end"
+        during = "while writing a checkpoint" if self.writing else "between two writes"
+        return f"{during}{' (aimed)' if self.aimed else ''}, latest {self.found or 'none'}"
+
+
+class Trials:
+    """Kill-and-resume trials of one set of settings against the run that nobody killed.
+
+    Args:
+        settings: of the run; it writes checkpoints.
+        base: folder for all runs.
+        fresh: as for :class:`Child`.
+    """
+
+    def __init__(self, settings: dict[str, Any], base: Path, fresh: bool) -> None:
+        self.settings, self.base, self.fresh = settings, base, fresh
+        self.random = random.Random(SEED)
+        whole = base / "whole"
+        child = self._start(whole, checkpointing_steps="null")
+        wait_for(whole / CONFIG_FILE, child)
+        begun = time.perf_counter()
+        status = child.wait()
+        assert status == 0, (whole.with_suffix(".log")).read_text()
+        self.seconds = time.perf_counter() - begun
+        self.expected = outcome(whole)
+
+    def run(self, number: int) -> list[Kill]:
+        """One trial: kills once or twice, goes on, and compares; returns the kills."""
+        folder = self.base / f"trial-{number}"
+        kills = [self._kill(folder, aimed=number % 2 == 1) for _ in range(self.random.choice((1, 2)))]
+        status = self._start(folder).wait()
+        assert status == 0, folder.with_suffix(".log").read_text()
+        assert outcome(folder) == self.expected, f"trial {number}, killed {'; '.join(map(str, kills))}"
+        assert not list(folder.glob(f"*{UNFINISHED}"))
+        return kills
+
+    def _kill(self, folder: Path, aimed: bool) -> Kill:
+        """Starts or goes on, and kills at a random moment of training or of the next writes of a checkpoint."""
+        child = self._start(folder)
+        wait_for(folder / CONFIG_FILE, child)
+        moment = time.perf_counter() + self.random.uniform(0.0, self.seconds)
+        writes, pause = self.random.randint(1, 6), self.random.uniform(0.0, 0.02)
+        seen: set[Path] = set()
+        while child.running() and (aimed or time.perf_counter() < moment):
+            time.sleep(0.002)
+            seen |= set(folder.glob(f"*{UNFINISHED}"))
+            if aimed and len(seen) >= writes:
+                time.sleep(pause)
+                break
+        child.send(signal.SIGKILL)
+        child.wait()
+        found = find_checkpoints(folder)
+        return Kill(
+            aimed,
+            found[0].name if found else None,
+            writing=bool(list(folder.glob(f"*{UNFINISHED}"))),
+            finished=(folder / RESULTS_FILE).exists(),
+        )
+
+    def _start(self, folder: Path, **changes: Any) -> Child:
+        settings = {**self.settings, "output_dir": str(folder), "resume_from_checkpoint": "latest", **changes}
+        return Child(words(settings), folder.with_suffix(".log"), self.fresh)
+
+
+def wait_for(path: Path, child: Child) -> None:
+    """Waits until there is such a file, or the process ends."""
+    while child.running() and not path.exists():
+        time.sleep(0.002)
+
+
+def _run(line: list[str], log: str) -> None:
+    """What a forked process does: finetune.py with its output in the log."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    finetune.main(line)

@@ -1,0 +1,208 @@
+"""A training run, whatever its task: data, model, attention, loop, results.
+
+A script defines a :class:`Task` and calls :func:`run_task` inside :func:`exit_with_status`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from harness.arguments import RunArguments
+from harness.attention import attention_config, control_attention
+from harness.checkpoints import CheckpointError
+from harness.errors import UsageError
+from harness.loop import TrainingLoop, TrainingParts, make_optimizer, make_scheduler, total_steps
+from harness.models import enable_checkpointing
+from harness.nonfinite import NonFiniteError
+from harness.results import environment, peak_memory_bytes, write_config, write_results
+from harness.resume import check_data, finished_before, prepare_output
+from harness.saved_run import RunIdentity, TrainingRecord, use_plain_names
+from harness.stopping import STOPPED_STATUS, Stopped, StopSignals
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Task(Protocol):
+    """What a script adds to a run; its methods are called in this order."""
+
+    def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Loads and checks the data; returns what tells them from others (``saved_run.describe_data``)."""
+
+    def make_loaders(self, order: torch.Generator) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Training and evaluation batches; ``order`` draws the order of the former and nothing else."""
+
+    def make_model(self) -> Any:
+        """The model before it is patched; the seed is set, so that all arms of a study start alike."""
+
+    def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The mean loss of a batch."""
+
+    def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
+        """The metrics over all examples of all processes; the model is in train() before and after."""
+
+    def save_model(self, model: Any, folder: Path) -> None:
+        """Writes the bare model, and what it takes to use it, into ``folder``."""
+
+    def facts(self) -> dict[str, Any]:
+        """What results.json says of the task."""
+
+
+def exit_with_status(script: str, action: Callable[[], object]) -> None:
+    """Runs ``action``; what a user can put right ends the script with a message in place of a traceback.
+
+    The exit status is 2 for a mistake in the settings or data, 75 for a run that a signal stopped and that was saved,
+    1 for one that failed. Under ``accelerate launch`` and ``torchrun`` the launcher's own status is 1 in all cases.
+    """
+    try:
+        action()
+    except UsageError as error:
+        _exit(script, f"error: {error}", 2)
+    except Stopped as stop:
+        _exit(script, str(stop), STOPPED_STATUS)
+    except (CheckpointError, NonFiniteError) as error:
+        _exit(script, f"error: {error}", 1)
+    except (OSError, SafetensorError) as error:
+        if not _no_space(error):
+            raise
+        _exit(script, f"error: no space left: {error}. Checkpoints are untouched.", 1)
+
+
+def run_task(args: RunArguments, task: Task) -> TrainingRecord:
+    """Trains, evaluates and writes the results.
+
+    Raises:
+        UsageError: a setting, the data or a checkpoint is not usable.
+        Stopped: a signal stopped the run; a checkpoint was written.
+        CheckpointError: a checkpoint could not be written.
+        NonFiniteError: a loss or gradient is not finite.
+    """
+    started = datetime.now(UTC)
+    config = attention_config(args)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+    )
+    use_plain_names(accelerator)
+    tell = _teller(accelerator)
+    before = finished_before(args)
+    if before is not None:
+        tell(f"the run in {args.output_dir} is finished: nothing to do")
+        return _record_of(before)
+    checkpoint = prepare_output(args, accelerator, tell)
+    _quieten_other_processes(accelerator)
+
+    data = task.load_data(accelerator)
+    identity = RunIdentity(args.to_dict(), data, accelerator.num_processes, _computing_environment(accelerator))
+    if checkpoint is not None:
+        check_data(checkpoint, identity, tell)
+    order = torch.Generator().manual_seed(args.seed)
+    train_loader, eval_loader = accelerator.prepare(*task.make_loaders(order))
+
+    set_seed(args.seed)  # every arm of a study starts from the same weights
+    model = task.make_model()
+    steps = total_steps(args, len(train_loader))
+    attention = control_attention(model, args, config, steps)
+    if args.gradient_checkpointing:
+        enable_checkpointing(model)
+    optimizer = make_optimizer(model, args, undecayed=attention.learned_parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = accelerator.prepare(make_scheduler(optimizer, args, steps))
+    set_seed(args.seed, device_specific=True)  # every process draws its own noise
+
+    folder = Path(args.output_dir)
+    parts = TrainingParts(
+        model, optimizer, scheduler, train_loader, eval_loader, order, attention, task.evaluate, task.compute_loss
+    )
+    with StopSignals() as signals:
+        if accelerator.is_main_process:
+            write_config(folder, args.to_dict())
+        loop = TrainingLoop(accelerator, args, parts, identity, signals)
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        record = loop.run()
+    if accelerator.is_main_process:
+        if args.save_model:
+            task.save_model(accelerator.unwrap_model(model, keep_torch_compile=False), folder / "model")
+        write_results(folder, _summary(args, record, accelerator, started) | task.facts())
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return record
+
+
+def _summary(
+    args: RunArguments, record: TrainingRecord, accelerator: Accelerator, started: datetime
+) -> dict[str, Any]:
+    """The content of results.json, without its status and what the task says."""
+    return {
+        "started": started.isoformat(timespec="seconds"),
+        "resumed_at_steps": record.resumed_at,
+        "config": args.to_dict(),
+        "final": record.final,
+        "series": {"train": record.train, "evaluation": record.evaluation},
+        "steps": record.steps,
+        "train_seconds": record.train_seconds,
+        "eval_seconds": record.eval_seconds,
+        "steps_per_second": record.steps / record.train_seconds,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        **environment(accelerator.device, accelerator.num_processes),
+    }
+
+
+def _record_of(results: dict[str, Any]) -> TrainingRecord:
+    return TrainingRecord(
+        train=results["series"]["train"],
+        evaluation=results["series"]["evaluation"],
+        final=results["final"],
+        steps=results["steps"],
+        train_seconds=results["train_seconds"],
+        eval_seconds=results["eval_seconds"],
+        resumed_at=results.get("resumed_at_steps", []),
+    )
+
+
+def _computing_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the last bits of a run may depend on beside its settings."""
+    known = environment(accelerator.device, accelerator.num_processes)
+    return {"device": known["device"], "num_threads": known["num_threads"], **known["versions"]}
+
+
+def _teller(accelerator: Accelerator) -> Callable[[str], None]:
+    def tell(line: str) -> None:
+        if accelerator.is_main_process:
+            tqdm.write(line)
+
+    return tell
+
+
+def _quieten_other_processes(accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        return
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _no_space(error: Exception) -> bool:
+    """Whether the disk, quota or limit of file sizes is exhausted; safetensors says so in words only."""
+    return getattr(error, "errno", None) in _NO_SPACE or any(os.strerror(code) in str(error) for code in _NO_SPACE)
+
+
+def _exit(script: str, words: str, status: int) -> None:
+    print(f"{script}: {words}", file=sys.stderr)
+    sys.exit(status)
