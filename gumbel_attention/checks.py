@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import ESTIMATORS, check_positive, check_tau
+from .config import check_noise_scale, check_positive, check_tau
 
 Number = float | Tensor
 
@@ -86,8 +86,8 @@ def check_choice_numbers(tau: object, noise_scale: object, estimator: str | None
     check_scalar_or_per_head("noise_scale", noise_scale, heads, zero_allowed=True)
     if not isinstance(tau, Tensor):
         check_tau(tau, estimator)
-    if estimator is not None and ESTIMATORS[estimator].gumbel and not isinstance(noise_scale, Tensor):
-        check_positive(f"noise_scale of estimator={estimator!r}", noise_scale)
+    if not isinstance(noise_scale, Tensor):
+        check_noise_scale(noise_scale, estimator)
 
 
 def check_dropout(p: float) -> None:

@@ -111,6 +111,14 @@ def check_tau(tau: object, estimator: str | None) -> None:
         raise ValueError(f"estimator={estimator!r} is defined for tau >= {smallest}, got tau={tau!r}.")
 
 
+def check_noise_scale(noise_scale: object, estimator: str | None) -> None:
+    """Raises unless ``noise_scale`` is a finite number >= 0, and not 0 where ``estimator`` needs noise."""
+    if estimator is not None and ESTIMATORS[estimator].gumbel:
+        check_positive(f"noise_scale of estimator={estimator!r}", noise_scale)
+    else:
+        check_positive("noise_scale", noise_scale, zero_allowed=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class GumbelAttentionConfig:
     """What attention does in place of its softmax. Checked when made, immutable after.
@@ -159,11 +167,11 @@ class GumbelAttentionConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_positive("noise_scale", self.noise_scale, zero_allowed=True)
         if self.eval_hard not in (None, True, False):
             raise TypeError(f"eval_hard must be None, True or False, got {self.eval_hard!r}.")
         check_choice(self.hard or bool(self.eval_hard), self.noise, self.estimator, self.samples, self.top_k)
         check_tau(self.tau, self.estimator)
+        check_noise_scale(self.noise_scale, self.estimator)
         if not isinstance(self.hard, bool) or not isinstance(self.eval_noise, bool):
             raise TypeError(f"hard and eval_noise must be bool, got {self.hard!r} and {self.eval_noise!r}.")
         choose("learn_tau", self.learn_tau, LEARN_TAU)

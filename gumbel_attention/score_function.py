@@ -29,6 +29,8 @@ from .state import AttentionState
 class CollectedLogProbs:
     """The log-probabilities of the hard choices made while :func:`collect_log_probs` was in force.
 
+    Of one forward pass: several of them in one context are added up.
+
     Attributes:
         layers: one (B, H, q_len) tensor for each call of an attention layer that chose, in the order of the calls.
     """
@@ -112,8 +114,9 @@ def collect_log_probs(model: nn.Module) -> Iterator[CollectedLogProbs]:
 def soft_attention(model: nn.Module) -> Iterator[None]:
     """Within this context a choice is its expectation: softmax(scores / noise_scale), without noise.
 
-    The loss that a model has then is a baseline for the loss of its sampled choices (Deng et al. 2018), which needs
-    no samples and no parameters of its own: ``with torch.no_grad(), soft_attention(model): ...``
+    With ``top_k`` too, where it is the expectation of the first choice. The loss that a model has then is a baseline
+    for the loss of its sampled choices (Deng et al. 2018), which needs no samples and no parameters of its own:
+    ``with torch.no_grad(), soft_attention(model): ...``
 
     Raises:
         ValueError: ``model`` has no attention of this library.
@@ -152,10 +155,11 @@ def score_function_loss(losses: Tensor, log_prob: Tensor, baseline: float | Tens
         )
     if torch.is_grad_enabled() and not log_prob.requires_grad:
         raise ValueError("log_prob carries no gradient: were the choices made under torch.no_grad()?")
+    shape = tuple(baseline.shape) if isinstance(baseline, Tensor) else ()
+    sizes = zip(reversed(shape), reversed(losses.shape), strict=False)
+    if len(shape) > losses.ndim or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"baseline must broadcast to the losses' shape {tuple(losses.shape)}, got {shape}.")
     advantage = (losses - baseline).detach()
-    if advantage.shape != losses.shape:
-        came = tuple(torch.as_tensor(baseline).shape)
-        raise ValueError(f"baseline must broadcast to the losses' shape {tuple(losses.shape)}, got {came}.")
     return (losses + advantage * (log_prob - log_prob.detach())).mean()
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .config import ESTIMATORS, NOISES, GumbelAttentionConfig, check_positive, check_tau, choose
 
+SMALLEST_TAU = 1e-4
+"""Temperature of the expectation of a choice whose noise scale is lower, 0 included."""
+
 
 class AttentionState(nn.Module):
     """Settings, temperature and noise scale of one layer, a submodule of it.
@@ -123,7 +126,12 @@ class AttentionState(nn.Module):
     def arguments(self, training: bool) -> dict[str, Any]:
         """Keyword arguments for :func:`gumbel_attention` in the given mode."""
         if self.expected:
-            return {"tau": self._noise_scale, "hard": False, "noise": "none", "impl": self.config.impl}
+            return {
+                "tau": self._noise_scale.clamp(min=SMALLEST_TAU),
+                "hard": False,
+                "noise": "none",
+                "impl": self.config.impl,
+            }
         hard, noise = self.hard(training), self.noise(training)
         estimator = self.estimator(hard, noise)
         return {

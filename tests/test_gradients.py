@@ -120,10 +120,11 @@ def test_weight_level_straight_through_differs_from_output_level() -> None:
     hard = ga.gumbel_attention(q, k, v, hard=True, seed=1)
     soft = ga.gumbel_attention(q, k, v, seed=1)
     d_out = torch.randn_like(hard)
-    for x, equal in ((q, True), (k, True), (v, False)):
+    for x, share in ((q, 0.0), (k, 0.0), (v, 0.583)):
         (weight_level,) = torch.autograd.grad(hard, x, d_out, retain_graph=True)
         (output_level,) = torch.autograd.grad(soft, x, d_out, retain_graph=True)
-        assert torch.allclose(weight_level, output_level) == equal
+        difference = ((weight_level - output_level).norm() / weight_level.norm()).item()
+        assert difference == pytest.approx(share, abs=5e-4)
 
 
 def test_returned_weights_pass_the_relaxations_gradient() -> None:

@@ -31,7 +31,8 @@ from harness.models import load_classifier, load_tokenizer
 from harness.parsing import parse_arguments
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
-from tasks.classification import evaluate, load_data, make_loaders
+from harness.score_function import sampled_loss
+from tasks.classification import evaluate, load_data, losses, make_loaders
 
 
 class Classification:
@@ -40,6 +41,8 @@ class Classification:
     Args:
         args: the settings.
     """
+
+    samples_loss = True
 
     def __init__(self, args: FinetuneArguments) -> None:
         self.args = args
@@ -62,7 +65,10 @@ class Classification:
         return load_classifier(args.model_name_or_path, names, self.tokenizer.pad_token_id, args.cache_dir)
 
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Cross entropy."""
+        """Cross entropy; of the score function its own loss."""
+        args = self.args
+        if args.attention == "gumbel" and args.estimator == "score_function":
+            return sampled_loss(losses, model, batch, args.baseline)
         return loss_of_model(model, batch)
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:

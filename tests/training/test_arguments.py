@@ -149,6 +149,12 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dataset_name", "x"], "dataset_name excludes"),
         (["--tau_end", "0.5"], "tau_schedule is constant"),
         (["--tau_schedule", "linear"], "needs tau_end"),
+        (["--tau_schedule", "clipped_exponential", "--tau_end", "0.5"], "needs tau_rate"),
+        (
+            ["--tau_schedule", "clipped_exponential", "--tau_end", "2.0", "--tau_rate", "0.1"],
+            "falls from tau to tau_end",
+        ),
+        (["--tau_schedule", "linear", "--tau_end", "0.5", "--tau_rate", "0.1"], "belong to tau_schedule=clipped_exp"),
         (["--tau_schedule", "linear", "--tau_end", "0.5", "--learn_tau", "head"], "learned or scheduled"),
         (["--checkpointing_steps", "0"], "checkpointing_steps must be > 0 or 'epoch', got 0"),
         (["--checkpointing_steps", "epochs"], "checkpointing_steps must be > 0 or 'epoch', got 'epochs'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,9 +18,11 @@ import finetune
 from harness import models
 from harness import run as run_module
 from harness.ablation import execute, load_study
+from harness.arguments import FinetuneArguments
 from harness.attention import control_attention
 from harness.errors import UsageError
 from harness.results import read_results
+from harness.run import run_task
 
 
 def test_run_leaves_configuration_and_complete_results(settings: dict[str, Any]) -> None:
@@ -64,6 +67,12 @@ def test_layers_run_at_the_scheduled_temperature(settings: dict[str, Any], monke
     run(settings, tau_schedule="linear", tau_end=0.4, gradient_accumulation_steps=2, eval_steps=4)
     assert [tau for training, tau in seen if training] == pytest.approx([1.0, 1.0, 0.85, 0.7, 0.7, 0.55])
     assert {round(tau, 6) for training, tau in seen if not training} == {0.4}
+
+
+def test_the_clipped_exponential_schedule_reaches_the_run(settings: dict[str, Any]) -> None:
+    record = run(settings, tau_schedule="clipped_exponential", tau_end=0.5, tau_rate=0.2, tau_every=2)
+    expected = [max(0.5, math.exp(-0.2 * step)) for step in (0, 0, 2, 2, 4, 4)]
+    assert [entry["tau"] for entry in record.train] == pytest.approx(expected)
 
 
 def test_finished_run_is_kept_unless_told_otherwise(
@@ -203,3 +212,31 @@ def test_study_runs_through_accelerate_launch(settings: dict[str, Any], tmp_path
     assert results["device"].startswith("cpu")
     assert set(results["final"]) == {"noise_off", "noise_on"}
     assert sorted(os.listdir(planned.folder)) == ["arguments.yaml", "config.yaml", "log.txt", "results.json"]
+
+
+@pytest.mark.parametrize("baseline", ["none", "soft"])
+def test_the_score_function_trains_the_scores(
+    settings: dict[str, Any], baseline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probabilities give the query projections of the last layer a gradient; the plain loss gives them none."""
+    sampled_loss, lengths = finetune.sampled_loss, []
+
+    def spying(losses_of: Any, model: Any, batch: Any, given: str) -> torch.Tensor:
+        assert given == baseline
+        queries = [p for name, p in model.named_parameters() if name.endswith("query.weight")][-1:]
+        both = sampled_loss(losses_of, model, batch, given), losses_of(model, batch).mean()
+        lengths.extend(torch.autograd.grad(loss, queries)[0].norm().item() for loss in both)
+        return sampled_loss(losses_of, model, batch, given)
+
+    monkeypatch.setattr(finetune, "sampled_loss", spying)
+    record = run(settings, hard=True, estimator="score_function", baseline=baseline, max_train_steps=1)
+    assert math.isfinite(record.train[-1]["loss"])
+    assert lengths[0] > 0.0 == lengths[1]
+
+
+def test_a_task_without_losses_of_examples_refuses_the_score_function(settings: dict[str, Any]) -> None:
+    args = FinetuneArguments(**settings, hard=True, estimator="score_function")
+    task = finetune.Classification(args)
+    task.samples_loss = False  # type: ignore[misc]  # as tasks that do not have it
+    with pytest.raises(UsageError, match="needs a loss for each example"):
+        run_task(args, task)

@@ -20,6 +20,7 @@ import yaml
 
 from harness.arguments import FinetuneArguments
 from harness.attention import attention_config
+from harness.checkpoints import find_checkpoints
 from harness.errors import UsageError
 from harness.parsing import check_keys, read_yaml, refuse_unknown
 from harness.results import read_results, write_atomically
@@ -27,7 +28,8 @@ from harness.results import read_results, write_atomically
 FINETUNE_SCRIPT = Path(__file__).parents[1] / "finetune.py"
 LOG_FILE = "log.txt"
 _STUDY_KEYS = ("base", "arms", "seeds", "output_dir")
-_OWN_KEYS = ("seed", "output_dir", "overwrite_output_dir")
+_OWN_KEYS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+_NOT_IN_NAME = (*_OWN_KEYS[1:], "checkpointing_steps", "keep_last")
 _SECONDS_TO_END = 10.0
 
 
@@ -102,7 +104,9 @@ def load_study(path: str, output_dir: str | None = None) -> Study:
 
 
 def plan_run(arm: str, seed: int, settings: dict[str, Any], output_dir: Path, where: str) -> PlannedRun:
-    """The run of an arm and a seed; its folder carries a hash of all settings but the folder itself.
+    """The run of an arm and a seed; its folder carries a hash of all settings that decide its result.
+
+    Those left at their default do not enter: a setting that is added later leaves the names of finished runs alone.
 
     Raises:
         UsageError: a value or a combination that a run would refuse; the message names ``where``.
@@ -112,7 +116,8 @@ def plan_run(arm: str, seed: int, settings: dict[str, Any], output_dir: Path, wh
         attention_config(args)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    content = {key: value for key, value in args.to_dict().items() if key not in _OWN_KEYS[1:]}
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    content = {k: v for k, v in args.to_dict().items() if k not in _NOT_IN_NAME and v != default[k]}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return PlannedRun(arm, seed, args, output_dir / "runs" / f"{arm}-seed{seed}-{digest}")
 
@@ -153,10 +158,10 @@ def execute(run: PlannedRun, runner: Runner = run_process) -> None:
     """
     if run.folder.exists():
         raise RuntimeError(f"{run.folder} exists but holds no finished run: move it away.")
-    if run.partial.exists():
+    if run.partial.exists() and not find_checkpoints(run.partial):
         shutil.rmtree(run.partial)
-    run.partial.mkdir(parents=True)
-    settings = {**run.args.to_dict(), "output_dir": str(run.partial)}
+    run.partial.mkdir(parents=True, exist_ok=True)
+    settings = {**run.args.to_dict(), "output_dir": str(run.partial), "resume_from_checkpoint": "latest"}
     write_atomically(run.partial / "arguments.yaml", yaml.safe_dump(settings, sort_keys=False))
     log = run.partial / LOG_FILE
     status = runner(launch_command(run), log)

@@ -57,14 +57,21 @@ class RunArguments:
         "gumbel", "'unpatched' trains the model's own attention and ignores the settings below"
     )
     tau: float = setting(1.0, "temperature at the first step")
-    tau_schedule: Literal["constant", "linear", "exponential", "cosine", "step"] = setting(
-        "constant", "course of the temperature from tau to tau_end over all optimiser steps"
+    tau_schedule: Literal["constant", "linear", "exponential", "cosine", "step", "clipped_exponential"] = setting(
+        "constant", "course of the temperature from tau to tau_end, over all optimiser steps or at tau_rate"
     )
     tau_end: float | None = setting(None, "temperature at the last step; null is tau")
+    tau_rate: float | None = setting(None, "of clipped_exponential: max(tau_end, tau * exp(-tau_rate * step))")
+    tau_every: int | None = setting(None, "of clipped_exponential: steps between two updates of tau; null is 1")
     hard: bool = setting(False, "pick one key (straight-through) in place of the average")
-    noise: str = setting("gumbel", "family of the noise in training: gumbel, normal or none")
+    noise: str = setting("gumbel", "family of the noise in training: gumbel, normal, logistic or none")
     noise_scale: float = setting(1.0, "multiplies the noise")
     estimator: str | None = setting(None, "gradient estimator of a hard choice")
+    samples: int | None = setting(None, "K of estimator gumbel_rao; null is 10")
+    baseline: Literal["none", "soft"] = setting(
+        "none", "of estimator score_function: what the loss is compared with; soft is the loss of soft attention"
+    )
+    top_k: int | None = setting(None, "attend to this many keys, chosen without replacement; null is one")
     eval_noise: bool = setting(False, "stored in the saved model; the script always evaluates with and without")
     eval_hard: bool | None = setting(None, "hard choice in evaluation; null is as in training")
     learn_tau: Literal["scalar", "head"] | None = setting(None, "learn the temperature per layer or per head")
@@ -98,6 +105,15 @@ class RunArguments:
             )
         if self.tau_schedule != "constant" and self.tau_end is None:
             raise UsageError(f"tau_schedule={self.tau_schedule} needs tau_end.")
+        clipped = self.tau_schedule == "clipped_exponential"
+        if clipped and self.tau_rate is None:
+            raise UsageError("tau_schedule=clipped_exponential needs tau_rate.")
+        if clipped and self.tau_end is not None and self.tau_end > self.tau:
+            raise UsageError(f"clipped_exponential falls from tau to tau_end, got {self.tau} and {self.tau_end}.")
+        if not clipped and (self.tau_rate is not None or self.tau_every is not None):
+            raise UsageError(
+                f"tau_rate and tau_every belong to tau_schedule=clipped_exponential, got {self.tau_schedule}."
+            )
         if self.learn_tau is not None and self.tau_schedule != "constant":
             raise UsageError("learn_tau and a tau_schedule exclude each other: tau is learned or scheduled.")
 
@@ -151,6 +167,8 @@ _POSITIVE = (
     "keep_last",
     "tau",
     "tau_end",
+    "tau_rate",
+    "tau_every",
 )
 _NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "noise_scale")
 

@@ -32,6 +32,8 @@ def attention_config(args: RunArguments) -> ga.GumbelAttentionConfig | None:
             noise=args.noise,
             noise_scale=args.noise_scale,
             estimator=args.estimator,
+            samples=args.samples,
+            top_k=args.top_k,
             eval_noise=args.eval_noise,
             eval_hard=args.eval_hard,
             learn_tau=args.learn_tau,
@@ -118,5 +120,9 @@ def control_attention(
     schedule = None
     if args.learn_tau is None:
         tau_end = args.tau if args.tau_end is None else args.tau_end
-        schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, steps)
+        if args.tau_schedule == "clipped_exponential":
+            own = {"rate": args.tau_rate, "every": args.tau_every}
+            schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, **own)
+        else:
+            schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, steps)
     return AttentionControl(patch, schedule, "gumbel" if config.noise == "none" else True)

@@ -38,7 +38,10 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Task(Protocol):
-    """What a script adds to a run; its methods are called in this order."""
+    """What a script adds to a run; its methods are called in this order.
+
+    One whose ``compute_loss`` honours ``estimator: score_function`` has a true attribute ``samples_loss``.
+    """
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Loads and checks the data; returns what tells them from others (``saved_run.describe_data``)."""
@@ -93,6 +96,8 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
     """
     started = datetime.now(UTC)
     config = attention_config(args)
+    if args.attention == "gumbel" and args.estimator == "score_function" and not getattr(task, "samples_loss", False):
+        raise UsageError("estimator=score_function needs a loss for each example, which this task does not give.")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -92,23 +92,32 @@ def make_loaders(
     return train, evaluation
 
 
+def losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """Cross entropy of each example, (B,)."""
+    return _losses(model(**batch).logits, batch["labels"])
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
 def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Any]) -> dict[str, float]:
     """Mean loss, accuracy and macro F1 over all examples of all processes; leaves the model in train()."""
-    losses: list[torch.Tensor] = []
+    per_example: list[torch.Tensor] = []
     predictions: list[torch.Tensor] = []
     references: list[torch.Tensor] = []
     model.eval()
     with torch.no_grad():
         for batch in loader:
-            logits = model(**batch).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+            logits = model(**batch).logits
+            loss = _losses(logits, batch["labels"])
             gathered = accelerator.gather_for_metrics((loss, logits.argmax(-1), batch["labels"]))
-            for store, values in zip((losses, predictions, references), gathered, strict=True):
+            for store, values in zip((per_example, predictions, references), gathered, strict=True):
                 store.append(values.cpu())
     model.train()
     truth, guess = torch.cat(references).numpy(), torch.cat(predictions).numpy()
     return {
-        "loss": torch.cat(losses).mean().item(),
+        "loss": torch.cat(per_example).mean().item(),
         "accuracy": float(accuracy_score(truth, guess)),
         "f1_macro": float(f1_score(truth, guess, average="macro")),
     }
