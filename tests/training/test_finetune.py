@@ -218,7 +218,7 @@ def test_study_runs_through_accelerate_launch(settings: dict[str, Any], tmp_path
 def test_the_score_function_trains_the_scores(
     settings: dict[str, Any], baseline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its log-probabilities give the query projections of the last layer a gradient; the plain loss gives them none."""
+    """Its log-probabilities give the last layer's query projection a gradient; the plain loss gives it none."""
     sampled_loss, lengths = finetune.sampled_loss, []
 
     def spying(losses_of: Any, model: Any, batch: Any, given: str) -> torch.Tensor:
