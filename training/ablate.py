@@ -3,10 +3,11 @@
     python training/ablate.py --config configs/ablation/sst2_minilm.yaml
         [--output_dir DIR] [--only ARM,ARM] [--dry_run]
 
-The file holds ``base`` (settings of finetune.py), ``arms`` (name: settings that differ), ``seeds`` and
-``output_dir``. Each run is one ``accelerate launch training/finetune.py`` in ``output_dir/runs``; finished runs are
+The file holds ``base`` (settings of the script), ``arms`` (name: settings that differ), ``seeds``, ``output_dir`` and,
+for another one than finetune.py and its accuracy, ``script`` (its name without .py) and ``metric``. Each run is one
+``accelerate launch`` of the script in ``output_dir/runs``; finished runs are
 not repeated, so that a stopped study goes on where it was. A run has its final folder name only when finished.
-table.md, summary.json and accuracy.png are brought up to date after every run.
+table.md, summary.json and a plot named after the metric are brought up to date after every run.
 """
 
 from __future__ import annotations
@@ -17,9 +18,21 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from harness.ablation import PlannedRun, Runner, Study, launch_command, load_study, run_process, run_study
+from harness.ablation import (
+    FINETUNE_ONLY,
+    PlannedRun,
+    Runner,
+    Study,
+    launch_command,
+    load_study,
+    run_process,
+    run_study,
+)
 from harness.errors import UsageError
 from harness.report import TABLE_FILE, table, write_report
+from tasks.language_arguments import LanguageModelArguments
+
+SCRIPTS = {**FINETUNE_ONLY, "language_model": LanguageModelArguments}
 
 
 class Interrupted(BaseException):
@@ -34,7 +47,7 @@ def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int
     """
     options = parse_options(argv)
     try:
-        study = load_study(options.config, options.output_dir)
+        study = load_study(options.config, options.output_dir, SCRIPTS)
         runs = select_runs(study, options.only)
     except UsageError as error:
         print(f"ablate.py: error: {error}", file=sys.stderr)
@@ -50,7 +63,7 @@ def main(argv: Sequence[str] | None = None, runner: Runner = run_process) -> int
     except Interrupted as error:
         print(f"ablate.py: {error}; finished runs are kept, start again to go on.", file=sys.stderr)
         return 130
-    print(f"\n{table(summaries)}\nin {study.output_dir / TABLE_FILE}")
+    print(f"\n{table(summaries, study.metric)}\nin {study.output_dir / TABLE_FILE}")
     for name, message in failures.items():
         print(f"ablate.py: run {name} failed: {message}", file=sys.stderr)
     return 1 if failures else 0

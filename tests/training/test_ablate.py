@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 import ablate
 from harness.ablation import Study, execute, launch_command, load_study, run_process
 from harness.errors import UsageError
+from harness.report import table, write_report
 from harness.results import write_results
 
 STUDY: dict[str, Any] = {
@@ -236,3 +238,35 @@ def wait_until(holds: Any, seconds: float = 30.0) -> None:
 def is_running(pid: str) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
     return state != "" and not state.startswith("Z")
+
+
+def test_a_study_of_another_script_and_metric(tmp_path: Path) -> None:
+    base = {"model_name_or_path": "gpt2", "train_file": "a.txt", "validation_file": "b.txt"}
+    study = load_study(
+        write_study(tmp_path, base=base, script="language_model", metric="loss"), scripts=ablate.SCRIPTS
+    )
+    assert {Path(launch_command(run)[-3]).name for run in study.runs} == {"language_model.py"}
+    for run in study.runs:
+        execute(run, StubRunner())
+    text = table(write_report(study), study.metric)
+    assert "loss, noise off" in text
+    assert text.count("1.0000") == 4  # two arms, two modes
+    with pytest.raises(UsageError, match="they have accuracy, loss"):
+        write_report(dataclasses.replace(study, metric="bleu"))
+
+
+def test_settings_left_at_their_default_do_not_change_a_runs_name(tmp_path: Path) -> None:
+    names = [run.name for run in load_study(write_study(tmp_path)).runs]
+    explicit = {**STUDY["base"], "samples": None, "max_grad_norm": 1.0, "checkpointing_steps": 5}
+    assert [run.name for run in load_study(write_study(tmp_path, base=explicit)).runs] == names
+    other = {**STUDY["base"], "max_grad_norm": 2.0}
+    assert not set(names) & {run.name for run in load_study(write_study(tmp_path, base=other)).runs}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"script": "quickstart"}, "expected one of finetune, language_model"), ({"metric": 3}, "expected the name of")],
+)
+def test_a_script_or_metric_that_is_none(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_study(write_study(tmp_path, **change), scripts=ablate.SCRIPTS)

@@ -11,26 +11,29 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 
-from harness.arguments import FinetuneArguments
+from harness.arguments import FinetuneArguments, RunArguments
 from harness.attention import attention_config
 from harness.checkpoints import find_checkpoints
 from harness.errors import UsageError
 from harness.parsing import check_keys, read_yaml, refuse_unknown
 from harness.results import read_results, write_atomically
 
-FINETUNE_SCRIPT = Path(__file__).parents[1] / "finetune.py"
+SCRIPTS_FOLDER = Path(__file__).parents[1]
+FINETUNE = "finetune"
 LOG_FILE = "log.txt"
-_STUDY_KEYS = ("base", "arms", "seeds", "output_dir")
+_STUDY_KEYS = ("script", "metric", "base", "arms", "seeds", "output_dir")
 _OWN_KEYS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 _NOT_IN_NAME = (*_OWN_KEYS[1:], "checkpointing_steps", "keep_last")
 _SECONDS_TO_END = 10.0
+FINETUNE_ONLY: Mapping[str, type[RunArguments]] = MappingProxyType({FINETUNE: FinetuneArguments})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,9 @@ class PlannedRun:
 
     arm: str
     seed: int
-    args: FinetuneArguments
+    args: RunArguments
     folder: Path
+    script: str = FINETUNE
 
     @property
     def name(self) -> str:
@@ -59,10 +63,11 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All runs of a study, arm by arm, in the order of the file."""
+    """All runs of a study, arm by arm, in the order of the file; ``metric`` is what its report compares."""
 
     output_dir: Path
     runs: list[PlannedRun]
+    metric: str = "accuracy"
 
     @property
     def arms(self) -> list[str]:
@@ -74,19 +79,29 @@ Runner = Callable[[Sequence[str], Path], int]
 """(command, log file) -> exit status of the finished command."""
 
 
-def load_study(path: str, output_dir: str | None = None) -> Study:
-    """Reads a study's YAML file: ``base``, ``arms``, ``seeds``, ``output_dir``.
+def load_study(
+    path: str, output_dir: str | None = None, scripts: Mapping[str, type[RunArguments]] = FINETUNE_ONLY
+) -> Study:
+    """Reads a study's YAML file: ``base``, ``arms``, ``seeds``, ``output_dir``, and where they are not finetune.py
+    and its accuracy, ``script`` and ``metric``.
 
     Args:
         path: the file.
         output_dir: overrides the one in the file.
+        scripts: the settings of each script that a study may name, by its name without ``.py``.
 
     Raises:
         UsageError: unknown keys, or settings that a run would refuse.
     """
     content = read_yaml(path)
     refuse_unknown(content, _STUDY_KEYS, f"in {path}")
-    base = _settings(content.get("base"), f"base of {path}")
+    script, metric = content.get("script", FINETUNE), content.get("metric", Study.metric)
+    if script not in scripts:
+        raise UsageError(f"script in {path}: expected one of {', '.join(scripts)}, got {script!r}.")
+    if not isinstance(metric, str):
+        raise UsageError(f"metric in {path}: expected the name of one of the script's metrics, got {metric!r}.")
+    kind = scripts[script]
+    base = _settings(kind, content.get("base"), f"base of {path}")
     arms = _mapping(content.get("arms"), f"arms in {path}")
     seeds = _seeds(content.get("seeds"), f"seeds in {path}")
     if not arms:
@@ -98,28 +113,36 @@ def load_study(path: str, output_dir: str | None = None) -> Study:
     for arm, differences in arms.items():
         where = f"arm {arm!r} of {path}"
         _check_arm_name(arm, where)
-        settings = {**base, **_settings(differences, where)}
-        runs += [plan_run(arm, seed, settings, Path(folder), where) for seed in seeds]
-    return Study(Path(folder), runs)
+        settings = {**base, **_settings(kind, differences, where)}
+        for seed in seeds:
+            args = _run_settings(kind, {**settings, "seed": seed}, where)
+            runs.append(plan_run(arm, args, Path(folder), script))
+    return Study(Path(folder), runs, metric)
 
 
-def plan_run(arm: str, seed: int, settings: dict[str, Any], output_dir: Path, where: str) -> PlannedRun:
-    """The run of an arm and a seed; its folder carries a hash of all settings that decide its result.
+def plan_run(arm: str, args: RunArguments, output_dir: Path, script: str = FINETUNE) -> PlannedRun:
+    """The run of an arm with a seed; its folder carries a hash of all settings that decide its result.
 
     Those left at their default do not enter: a setting that is added later leaves the names of finished runs alone.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(args)}
+    content = {k: v for k, v in args.to_dict().items() if k not in _NOT_IN_NAME and v != default[k]}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return PlannedRun(arm, args.seed, args, output_dir / "runs" / f"{arm}-seed{args.seed}-{digest}", script)
+
+
+def _run_settings(kind: type[RunArguments], settings: dict[str, Any], where: str) -> RunArguments:
+    """The checked settings of a run.
 
     Raises:
         UsageError: a value or a combination that a run would refuse; the message names ``where``.
     """
     try:
-        args = FinetuneArguments(**settings, seed=seed)
+        args = kind(**settings)
         attention_config(args)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    default = {field.name: field.default for field in dataclasses.fields(args)}
-    content = {k: v for k, v in args.to_dict().items() if k not in _NOT_IN_NAME and v != default[k]}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    return PlannedRun(arm, seed, args, output_dir / "runs" / f"{arm}-seed{seed}-{digest}")
+    return args
 
 
 def launch_command(run: PlannedRun) -> list[str]:
@@ -129,7 +152,7 @@ def launch_command(run: PlannedRun) -> list[str]:
     command += ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)]
     if not torch.cuda.is_available():
         command.append("--cpu")
-    return [*command, str(FINETUNE_SCRIPT), "--config", str(run.partial / "arguments.yaml")]
+    return [*command, str(SCRIPTS_FOLDER / f"{run.script}.py"), "--config", str(run.partial / "arguments.yaml")]
 
 
 def run_process(command: Sequence[str], log: Path) -> int:
@@ -225,9 +248,9 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _settings(value: Any, where: str) -> dict[str, Any]:
-    """Checked settings of a fine-tuning run, without those that the study itself sets."""
-    settings = check_keys(FinetuneArguments, _mapping(value, where), f"in {where}")
+def _settings(kind: type[RunArguments], value: Any, where: str) -> dict[str, Any]:
+    """Checked settings of a run, without those that the study itself sets."""
+    settings = check_keys(kind, _mapping(value, where), f"in {where}")
     for key in _OWN_KEYS:
         if key in settings:
             raise UsageError(f"{where}: {key} is set by the study (its seeds and output_dir); remove it here.")

@@ -6,18 +6,18 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from scipy import stats
 
 from harness.ablation import Study
 from harness.attention import NOISE_OFF, NOISE_ON
+from harness.errors import UsageError
 from harness.results import write_atomically
 
 TABLE_FILE = "table.md"
 SUMMARY_FILE = "summary.json"
-PLOT_FILE = "accuracy.png"
-METRIC = "accuracy"
 _MODES = {NOISE_OFF: "noise off", NOISE_ON: "noise on"}
 _OFFSETS = {NOISE_OFF: -0.14, NOISE_ON: 0.14}
 _MARKERS = {NOISE_OFF: ("o", "black"), NOISE_ON: ("s", "white")}
@@ -69,28 +69,28 @@ def summarize(study: Study) -> list[ArmSummary]:
 
 
 def write_report(study: Study) -> list[ArmSummary]:
-    """Writes table.md, summary.json and accuracy.png from the runs finished so far."""
+    """Writes table.md, summary.json and the plot from the runs finished so far."""
     summaries = summarize(study)
     study.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(study.output_dir / TABLE_FILE, table(summaries))
-    content = {"metric": METRIC, "confidence": 0.95, "arms": [dataclasses.asdict(item) for item in summaries]}
+    write_atomically(study.output_dir / TABLE_FILE, table(summaries, study.metric))
+    content = {"metric": study.metric, "confidence": 0.95, "arms": [dataclasses.asdict(item) for item in summaries]}
     write_atomically(study.output_dir / SUMMARY_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
     if any(item.seeds for item in summaries):
-        plot(summaries).savefig(study.output_dir / PLOT_FILE, dpi=150)
+        plot(summaries, study.metric).savefig(study.output_dir / f"{study.metric}.png", dpi=150)
     return summaries
 
 
-def table(summaries: Sequence[ArmSummary]) -> str:
+def table(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> str:
     """The summaries as a Markdown table."""
-    heads = ["arm", "seeds", *(f"{METRIC}, {text}" for text in _MODES.values()), "train time per run (s)"]
+    heads = ["arm", "seeds", *(f"{_words(metric)}, {text}" for text in _MODES.values()), "train time per run (s)"]
     rows = [_row(item) for item in summaries]
     lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(['---'] + ['---:'] * (len(heads) - 1))}|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    note = f"Mean {METRIC} at the last step over the seeds, ± half width of the 95% t-interval over seeds."
+    note = f"Mean {_words(metric)} at the last step over the seeds, ± half width of the 95% t-interval over seeds."
     return "\n".join([*lines, "", note, ""])
 
 
-def plot(summaries: Sequence[ArmSummary]) -> Figure:
+def plot(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> Figure:
     """Means with 95% intervals and the single seeds as dots; filled is noise off, hollow is noise on."""
     figure = Figure(figsize=(1.6 + 1.4 * len(summaries), 4.0), layout="constrained")
     axes = figure.subplots()
@@ -119,7 +119,7 @@ def plot(summaries: Sequence[ArmSummary]) -> Figure:
     axes.set_xticks(range(len(summaries)), [f"{item.arm}\n(n={len(item.seeds)})" for item in summaries])
     axes.set_xlim(-0.5, len(summaries) - 0.5)
     axes.set_xlabel("arm (n: finished seeds)")
-    axes.set_ylabel(f"validation {METRIC}")
+    axes.set_ylabel(f"validation {_words(metric)}")
     axes.grid(axis="y", color="0.9")
     figure.legend(loc="outside upper center", ncols=1, fontsize="small")
     return figure
@@ -130,11 +130,22 @@ def _summarize_arm(study: Study, arm: str) -> ArmSummary:
     finished = {run.seed: results for run in runs if (results := run.results()) is not None}
     metric = {}
     for mode in _MODES:
-        values = [results["final"][mode][METRIC] for results in finished.values() if mode in results["final"]]
+        values = [_value(results, mode, study.metric) for results in finished.values() if mode in results["final"]]
         if values:
             metric[mode] = estimate(values)
     seconds = [results["train_seconds"] for results in finished.values()]
     return ArmSummary(arm, tuple(finished), metric, math.fsum(seconds) / len(seconds) if seconds else None)
+
+
+def _value(results: dict[str, Any], mode: str, metric: str) -> float:
+    metrics: dict[str, float] = results["final"][mode]
+    if metric not in metrics:
+        raise UsageError(f"metric: the runs have no {metric!r}, they have {', '.join(metrics)}.")
+    return metrics[metric]
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _row(item: ArmSummary) -> list[str]:
