@@ -12,6 +12,7 @@ import torch
 import gumbel_attention as ga
 from harness.arguments import RunArguments
 from harness.errors import UsageError
+from harness.library_layers import LibraryLayers, has_library_layers
 
 NOISE_OFF = "noise_off"
 NOISE_ON = "noise_on"
@@ -81,8 +82,10 @@ class AttentionControl:
             self.patch.set_tau(self._schedule(step))
 
     def save(self, model: torch.nn.Module, folder: str | PathLike[str]) -> None:
-        """Writes the settings and temperatures of a patched model into ``folder``, for ``ga.load_patch``."""
-        if self.patch is not None:
+        """Writes the settings and temperatures of the attention into ``folder``, a patch's for ``ga.load_patch``."""
+        if isinstance(self.patch, LibraryLayers):
+            self.patch.save(folder)
+        elif self.patch is not None:
             ga.save_patch(model, folder)
 
     def learned_parameters(self) -> list[torch.nn.Parameter]:
@@ -106,6 +109,8 @@ def control_attention(
 ) -> AttentionControl:
     """Patches the model in place as configured, with the temperature's course over ``steps`` optimiser steps.
 
+    A model that has attention layers of the library is left as its task made it, and they are controlled.
+
     An arm trained without noise is evaluated with Gumbel noise in :data:`NOISE_ON`.
 
     Raises:
@@ -113,8 +118,9 @@ def control_attention(
     """
     if config is None:
         return AttentionControl()
+    patch: Any
     try:
-        patch = ga.patch_model(model, config)
+        patch = LibraryLayers(model) if has_library_layers(model) else ga.patch_model(model, config)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the model cannot be patched: {error}") from error
     schedule = None

@@ -295,8 +295,18 @@ class Vocabulary:
         stories = list(stories)
         sentences = {sentence for story in stories for sentence in (*story.facts, story.question)}
         known = sorted({word for sentence in sentences for word in words(sentence)})
-        self.words = {word: index for index, word in enumerate(known, start=2)}
-        self.answers = sorted({story.answer for story in stories})
+        self._number(known, sorted({story.answer for story in stories}))
+
+    @classmethod
+    def of(cls, words: Sequence[str], answers: Sequence[str]) -> Vocabulary:
+        """The vocabulary with these words and answers, in the order of their numbers."""
+        vocabulary = cls(())
+        vocabulary._number(words, answers)
+        return vocabulary
+
+    def _number(self, words: Sequence[str], answers: Sequence[str]) -> None:
+        self.words = {word: index for index, word in enumerate(words, start=2)}
+        self.answers = list(answers)
         self.answer_index = {answer: index for index, answer in enumerate(self.answers)}
 
     @property
