@@ -31,7 +31,7 @@ quickstart: $(STAMP)
 	$(RUN) training/quickstart.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)
 	$(RUN) -m pytest -m "not slow"

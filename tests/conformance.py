@@ -23,7 +23,7 @@ from gumbel_attention.impl import blockwise, reference
 from gumbel_attention.impl.cpu import build
 from gumbel_attention.impl.problem import AttentionProblem
 from half_precision import rounded_products
-from tally import TALLY
+from tally import SHARE, TALLY
 
 Arguments = dict[str, object]
 
@@ -94,8 +94,6 @@ NOISE_ERROR: dict[str, Callable[[Tensor], Tensor]] = {
 """How far an implementation's Gumbel of a word may be from the exact one, in float32; tested for each by itself."""
 TRITON_NOISE = 7e-5
 """Error of the fast Gumbel in the upper half: 5.5e-5 by its formula, and what lg2.approx adds, 2^-22 near 1."""
-SHARE = 1e-3
-"""Of the rows, how many may have their two best keys within the error."""
 
 
 class Sizes(NamedTuple):

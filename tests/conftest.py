@@ -1,7 +1,7 @@
 """Shared by all tests: one thread, no network, and where the data sets lie."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +10,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+from tally import SHARE, TALLY
 
 torch.set_num_threads(1)
 
@@ -36,9 +38,13 @@ def data_dir() -> Callable[[str], Path]:
     return find
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (``-n 2 --dist loadgroup``) a file stays together; the conformance files share a count."""
-    for item in items:
-        together = "conformance" if item.path.name.startswith("test_conformance") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
+@pytest.fixture(scope="module", autouse=True)
+def _excluded_share(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The conformance tests of a file leave few rows out of the comparison of choices; says how many."""
+    TALLY.rows.clear()
+    yield
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    for name, (rows, excluded) in TALLY.rows.items():
+        if terminal is not None:
+            terminal.write_line(f"\n{TALLY.line(name)}")
+        assert excluded <= max(1.0, SHARE * rows), TALLY.line(name)

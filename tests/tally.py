@@ -19,4 +19,7 @@ class Tally:
         return f"{name}: {share} left out, their two best keys lie within the error"
 
 
+SHARE = 1e-3
+"""Of the rows, how many may have their two best keys within the error."""
 TALLY = Tally()
+"""The share of rows that the conformance tests of a file left out of the comparison of choices; see conftest.py."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import outcome, words
+from interrupted import outcome, words
 
 import finetune
 from harness.checkpoints import UNFINISHED, find_checkpoints

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from faults import SEED, Child, Trials, wait_for
-from runs import HARD_TO_RESUME, words
+from interrupted import HARD_TO_RESUME, words
 from tiny import sentences, write_rows
 
 TRIALS = int(os.environ.get("FAULT_TRIALS", "2"))

@@ -17,7 +17,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import outcome
+from interrupted import outcome
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gumbel_attention as ga

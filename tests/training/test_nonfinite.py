@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import outcome, start, words
+from interrupted import outcome, start, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from runs import HARD_TO_RESUME, at_batch, outcome, start, stop_at_batch, words
+from interrupted import HARD_TO_RESUME, at_batch, outcome, start, stop_at_batch, words
 from safetensors import SafetensorError
 from tiny import sentences, write_rows
 from transformers import AutoModelForSequenceClassification
