@@ -154,3 +154,15 @@ def train_sharded(settings: dict[str, Any], folder: Path, kind: str) -> dict[str
     runs = {"whole": whole, "again": again, "copied": copied}
     series = {name: {"train": run.train, "evaluation": run.evaluation} for name, run in runs.items()}
     return series | {"sharded": seen}
+
+
+def train_sharded_and_save(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The script's own run under Accelerate's FSDP2 with learned temperatures, whole and gone on; saves the model."""
+    changes = {"hard": True, "learn_tau": "head", "learning_rate": 1e-2, "save_model": True}
+    with sharding_on_cpu("SHARDED_STATE_DICT"):
+        whole = start(settings, **changes, output_dir=str(folder / "whole"), checkpointing_steps=1, keep_last=None)
+        checkpoint = str(folder / "whole" / "checkpoint-2")
+        again = start(settings, **changes, output_dir=str(folder / "again"), resume_from_checkpoint=checkpoint)
+    return {
+        name: {"train": run.train, "evaluation": run.evaluation} for name, run in (("whole", whole), ("again", again))
+    }

@@ -15,8 +15,10 @@ import torch
 from interrupted import outcome, start
 from safetensors.torch import load_file
 from tiny import sentences, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from two_processes import SIZES, quiet_run, rows_evaluated
 
+import gumbel_attention as ga
 from harness.attention import NOISE_OFF
 from harness.checkpoints import find_checkpoints
 
@@ -65,6 +67,7 @@ def alone(base: Path, one: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def both(base: Path, one: dict[str, Any], alone: dict[str, Any]) -> list[dict[str, Any]]:
     """What the first and the second process saw."""
+    write_rows(base / "uneven.tsv", sentences(22))
     settings = one | {"with_dropout": str(base / "vivid")}
     (base / "settings.json").write_text(json.dumps(settings))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -102,6 +105,19 @@ def test_gradient_accumulation_changes_nothing(both: list[dict[str, Any]], alone
     """Two processes, two batches each of two examples."""
     for process in both:
         assert_the_same_run(process["accumulated"], alone)
+
+
+@pytest.mark.parametrize("run", ["uneven", "uneven, accumulated"])
+def test_the_end_of_an_epoch_counts_every_example_once_and_alike(
+    base: Path, one: dict[str, Any], both: list[dict[str, Any]], run: str
+) -> None:
+    """22 examples: the last step has six, in batches of 4 + 2, or of 2 and 2 + 0 where processes accumulate."""
+    uneven = one | {"train_file": str(base / "uneven.tsv")}
+    expected = quiet_run(uneven, output_dir=str(base / f"one-{run}"))
+    for process in both:
+        assert_the_same_run(process[run], expected)
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert_the_same_run(quiet_run(uneven, **halves, output_dir=str(base / f"halves-{run}")), expected)
 
 
 def differing(first: list[torch.Tensor], second: list[torch.Tensor]) -> list[bool]:
@@ -198,3 +214,24 @@ def test_the_script_runs_and_goes_on_under_accelerates_fsdp2(both: list[dict[str
         assert found["sharded"] == [True, True], "two runs were sharded"
         assert losses(found["whole"], True) == pytest.approx(losses(found["copied"], True), abs=1e-5)
         assert found["again"] == found["whole"], "to the bit"
+
+
+def test_a_sharded_run_with_learned_temperatures_is_saved_whole(
+    base: Path, one: dict[str, Any], both: list[dict[str, Any]]
+) -> None:
+    """Checkpoints and model; what is loaded in one process gives the noise-free loss of the run."""
+    assert all(process["learned"]["again"] == process["learned"]["whole"] for process in both)
+    folder = base / "learned" / "whole"
+    model = ga.from_pretrained(AutoModelForSequenceClassification, folder / "model").eval()
+    learned = ga.patch_of(model).learned_tau_parameters()
+    assert [tuple(log_tau.shape) for log_tau in learned] == [(2,), (2,)]
+    assert all((log_tau != 0).any() for log_tau in learned), "the temperature was learned"
+    for name, value in load_file(folder / "checkpoint-3" / "gumbel_attention.safetensors").items():
+        assert torch.equal(model.get_parameter(name), value), name
+    tokenizer = AutoTokenizer.from_pretrained(one["model_name_or_path"])
+    rows = sentences(11)
+    batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        loss = model(**batch, labels=torch.tensor([label for _, label in rows])).loss.item()
+    evaluated = both[0]["learned"]["whole"]["evaluation"]
+    assert loss == pytest.approx(next(e["loss"] for e in evaluated if e["mode"] == "noise_off"), abs=TOLERANCE)

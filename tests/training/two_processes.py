@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from interrupted import start
-from sharded import train_sharded, train_sharded_by_hand
+from sharded import train_sharded, train_sharded_and_save, train_sharded_by_hand
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -134,6 +134,9 @@ def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     results["quiet"] = quiet_run(half, **in_folder("two", checkpointing_steps=1, keep_last=None))
     results["accumulated"] = quiet_run({**settings, **UNEVEN}, **in_folder("accumulated", logging_steps=1))
+    uneven = {**settings, "train_file": settings["train_file"].replace("train", "uneven")}
+    results["uneven"] = quiet_run({**uneven, "per_device_train_batch_size": 4}, **in_folder("uneven"))
+    results["uneven, accumulated"] = quiet_run({**uneven, **UNEVEN}, **in_folder("uneven-2", logging_steps=1))
     results["from one"] = quiet_run(
         half, **in_folder("from-one", resume_from_checkpoint=str(folder / "one" / "checkpoint-4"))
     )
@@ -148,6 +151,7 @@ def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         checkpoint = str(folder / "one-noisy" / "checkpoint-3")
         start(half, **in_folder("noise-after-one", hard=True, resume_from_checkpoint=checkpoint))
     results["evaluated"] = [rows_evaluated(*size) for size in SIZES]
+    results["learned"] = train_sharded_and_save({**half, "num_train_epochs": 1}, folder / "learned")
     results["sharded by hand"] = train_sharded_by_hand(settings["model_name_or_path"], folder / "sharded.pt")
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         results[kind] = train_sharded(half, folder / kind.lower(), kind)

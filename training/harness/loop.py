@@ -134,6 +134,7 @@ class TrainingLoop:
         self.folder = Path(args.output_dir)
         self.steps_per_epoch = steps_per_epoch(args, len(parts.train_loader))
         self.total_steps = total_steps(args, len(parts.train_loader))
+        self._rows = self._rows_of_epoch()
         self.checkpoint_every = (
             self.steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
         )
@@ -188,6 +189,14 @@ class TrainingLoop:
             if self.record.steps == self.total_steps:
                 return
 
+    def _rows_of_epoch(self) -> int | None:
+        """The examples of one pass over the data; None where batches do not follow from that number."""
+        data: Any = self.parts.train_loader.dataset
+        if not hasattr(data, "__len__"):
+            return None
+        rows, together = len(data), self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return rows if len(self.parts.train_loader) == math.ceil(rows / together) else None
+
     def _rest_of_epoch(self) -> Iterator[Any]:
         """The batches of the epoch that are left; the order is drawn again from the state at its beginning."""
         progress, loader = self.progress, self.parts.train_loader
@@ -197,16 +206,37 @@ class TrainingLoop:
 
     def _train_batch(self, batch: Any) -> None:
         parts = self.parts
+        batch, count, share = self._own_part(batch)
         self._guard.before_forward(self.record.steps + 1, batch)
         with self.accelerator.accumulate(parts.model):
             loss = parts.compute_loss(parts.model, batch)
             self._guard.after_forward(loss)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss if share == 1.0 else loss * share)
             if self.accelerator.sync_gradients:
                 self._guard.clip()
             parts.optimizer.step()
             parts.optimizer.zero_grad()
-        self.progress.losses.append(loss.detach())
+        mean = loss.detach().float()
+        self.progress.losses.append(torch.stack((mean * count, torch.full_like(mean, count))))
+
+    def _own_part(self, batch: Any) -> tuple[Any, int, float]:
+        """A batch without the rows that fill it up, how many are left, and what multiplies its mean loss.
+
+        The loop divides the loss by the batches of a whole accumulation and the processes average their gradients.
+        With this factor, which is 1 but at the end of an epoch, an optimiser step follows the mean loss over all its
+        examples, each once: not more the fewer there are in a batch, not less where batches are missing, and not
+        those that Accelerate takes again from the beginning so that all processes have as many. A process that has
+        nothing but these runs them with the factor 0, for the others wait for it.
+        """
+        size, first = self.args.per_device_train_batch_size, self.progress.batches
+        if self._rows is None:
+            return batch, size, 1.0
+        together, per_step = size * self.accelerator.num_processes, self.args.gradient_accumulation_steps
+        own = min(size, max(0, self._rows - first * together - self.accelerator.process_index * size))
+        begin = first - first % per_step
+        examples = min(per_step * together, self._rows - begin * together)
+        kept = {key: value[:own] for key, value in batch.items()} if 0 < own < size else batch
+        return kept, own, own * per_step * self.accelerator.num_processes / examples
 
     def _finish_step(self) -> None:
         """Counts an optimiser step; logs, sets the temperature of the next one, evaluates, saves and stops if due."""
@@ -245,8 +275,8 @@ class TrainingLoop:
 
     def _log(self, learning_rate: float) -> None:
         """Adds the mean loss since the last entry, over all processes."""
-        mean = torch.stack(self.progress.losses).float().mean()
-        loss = self.accelerator.gather(mean.reshape(1)).mean().item()
+        total, count = self.accelerator.reduce(torch.stack(self.progress.losses).sum(0))
+        loss = (total / count).item()
         self.progress.losses.clear()
         step = self.record.steps
         tau = self.parts.attention.tau(step - 1)

@@ -16,16 +16,18 @@ from typing import Any, Protocol
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import gumbel_attention as ga
 from harness.arguments import RunArguments
 from harness.attention import attention_config, control_attention
 from harness.checkpoints import CheckpointError
 from harness.errors import UsageError
+from harness.library_layers import has_library_layers
 from harness.loop import TrainingLoop, TrainingParts, make_optimizer, make_scheduler, total_steps
 from harness.models import enable_checkpointing
 from harness.nonfinite import NonFiniteError
@@ -126,6 +128,10 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
     if args.gradient_checkpointing:
         enable_checkpointing(model)
     optimizer = make_optimizer(model, args, undecayed=attention.learned_parameters())
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has settings of its own for these
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=args.per_device_train_batch_size, gradient_clipping=args.max_grad_norm
+        )
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = accelerator.prepare(make_scheduler(optimizer, args, steps))
     set_seed(args.seed, device_specific=True)  # every process draws its own noise
@@ -141,13 +147,32 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
         if checkpoint is not None:
             loop.resume(checkpoint)
         record = loop.run()
+    if args.save_model:
+        _save_model(accelerator, args, task, model, folder / "model")
     if accelerator.is_main_process:
-        if args.save_model:
-            task.save_model(accelerator.unwrap_model(model, keep_torch_compile=False), folder / "model")
         write_results(folder, _summary(args, record, accelerator, started) | task.facts())
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record
+
+
+def _save_model(accelerator: Accelerator, args: RunArguments, task: Task, model: Any, folder: Path) -> None:
+    """Saves the bare model; one that is sharded is put together again on the first process."""
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        if accelerator.is_main_process:
+            task.save_model(bare, folder)
+        return
+    weights = accelerator.get_state_dict(model)  # all processes together
+    if accelerator.is_main_process:
+        whole = task.make_model()
+        config = attention_config(args)
+        if config is not None and not has_library_layers(whole):
+            ga.patch_model(whole, config)
+            if args.learn_tau is None:
+                ga.patch_of(whole).set_tau(args.tau if args.tau_end is None else args.tau_end)
+        whole.load_state_dict(weights)
+        task.save_model(whole, folder)
 
 
 def _summary(

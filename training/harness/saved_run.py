@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import RNG_STATE_NAME, set_seed
 from accelerate.utils import load as load_tensors
 
@@ -126,6 +126,9 @@ def save_run(
     accelerator.save_state(str(folder))
     losses = torch.stack(progress.losses).cpu() if progress.losses else torch.empty(0)
     torch.save({"losses": losses, "order": progress.order}, folder / _loop_file(accelerator.process_index))
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.is_main_process or accelerator.distributed_type == DistributedType.FSDP:
+        attention.save(bare, folder)  # learned temperatures may be sharded; the first process writes
     if not accelerator.is_main_process:
         return
     content = {
@@ -137,10 +140,8 @@ def save_run(
     }
     (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(identity.config, sort_keys=False), encoding="utf-8")
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if hasattr(bare, "config"):
         bare.config.save_pretrained(folder)
-    attention.save(bare, folder)
 
 
 def read_identity(checkpoint: Path) -> RunIdentity:

@@ -10,8 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoints import SETTINGS_FILE, SUFFIX, TENSORS_FILE, Checkpoint
@@ -57,6 +58,9 @@ def save_patch(model: nn.Module, folder: str | PathLike[str]) -> None:
     inverse. PEFT freezes what is no adapter: for learned temperatures to go on learning, set ``requires_grad`` of
     ``patch_of(model).learned_tau_parameters()`` after ``get_peft_model``.
 
+    All processes of a model that is sharded (FSDP2) call this together, where temperatures are learned; the first
+    writes.
+
     Args:
         model: a patched model, wrapped or not.
         folder: made if it does not exist; gets ``gumbel_attention.json`` and, where temperatures are learned,
@@ -67,18 +71,25 @@ def save_patch(model: nn.Module, folder: str | PathLike[str]) -> None:
     """
     patch_of(model)
     root, target = unwrapped(model), Path(folder)
+    learning = {layer.name: state.log_tau for layer, _, state in patched_modules(root) if state.log_tau is not None}
+    learned = {f"{name}{SUFFIX}": _whole(log_tau).cpu().contiguous() for name, log_tau in learning.items()}
+    sharded = any(hasattr(log_tau, "full_tensor") for log_tau in learning.values())
+    if sharded and torch.distributed.get_rank() != 0:
+        return
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings_of(root), indent=2) + "\n"
     (target / SETTINGS_FILE).write_text(text, encoding="utf-8")
-    learned = {
-        f"{layer.name}{SUFFIX}": state.log_tau.detach().cpu().contiguous()
-        for layer, _, state in patched_modules(root)
-        if state.log_tau is not None
-    }
     if learned:
         save_file(learned, target / TENSORS_FILE, metadata={"format": "pt"})
     else:
         (target / TENSORS_FILE).unlink(missing_ok=True)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter; all processes call this together for one that is sharded (a DTensor)."""
+    values: Any = parameter.detach()
+    whole: Tensor = values.full_tensor() if hasattr(values, "full_tensor") else values
+    return whole
 
 
 def load_patch(model: nn.Module, path: str | PathLike[str], **kwargs: Any) -> ModelPatch:
