@@ -28,6 +28,7 @@ PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is depreca
 @pytest.fixture(autouse=True)
 def _told(monkeypatch):
     """Every test starts as a process that has been told; :func:`untold` undoes it."""
+    assert ga.patch_model  # imports the integration, which puts the notice in its place
     monkeypatch.setattr(vars(PretrainedConfig)[KEY], "told", True)
 
 

@@ -14,6 +14,7 @@ from saved import SCHEDULED
 @pytest.fixture(autouse=True)
 def _told(monkeypatch):
     """Every test starts as a process that has been told how to restore."""
+    assert ga.patch_model  # imports the integration, which puts the notice in its place
     monkeypatch.setattr(vars(PretrainedConfig)["gumbel_attention"], "told", True)
 
 
