@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import checks
 from .checks import Number
+from .choice import Choice
 from .config import DEFAULT_SAMPLES, IMPLS, check_choice, check_positive, choose
-from .estimators import Choice
 from .impl.problem import AttentionProblem, compute_dtype
 from .noise import Coordinates, draw_seed
 

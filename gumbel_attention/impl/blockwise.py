@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..estimators import Row, log_prob, one_hot, pick, pull_back, relaxed, row_of, surrogates, without_sink
+from ..choice import Row, log_prob, one_hot, pick, relaxed, row_of, without_sink
+from ..estimators import pull_back, surrogates
 from .problem import AttentionInfo, AttentionProblem, compute_dtype
 
 BLOCK_SCORES = 2**20

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..estimators import Choice
+from ..choice import Choice
 from ..noise import positions
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..arguments import draws, make_choice, takes_part
 from ..attend import attend
+from ..choice import masked_softmax
 from ..config import GumbelAttentionConfig
-from ..estimators import choose, masked_softmax
+from ..estimators import choose
 from ..impl.problem import compute_dtype
 from ..noise import Coordinates, draw_seed
 from .patched_state import PatchedState

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...estimators import Choice
+from ...choice import Choice
 from ...noise import Coordinates
 from ..problem import AttentionProblem
 from .sizes import places
