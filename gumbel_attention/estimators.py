@@ -18,8 +18,8 @@ Jacobian, while the values see the weights themselves:
     score_function    none: log_prob is for the loss                      nothing
     ================  ==================================================  ==========================================
 
-with J(w) = diag(w) - w w^T, the softmax's Jacobian where its value is w; straight-through's and Gumbel-Rao's are divided
-by tau.
+with J(w) = diag(w) - w w^T, the softmax's Jacobian where its value is w; straight-through's and Gumbel-Rao's are
+divided by tau.
 
 All of them act on the *weights*. Straight-through on the output instead, ``O_hard - sg(P V) + P V``, sends the values
 the gradient of P (a dV that differs by 58 % of its length in tests/test_gradients.py); here a value that was not
