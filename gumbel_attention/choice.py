@@ -146,11 +146,15 @@ def pick(scores: Tensor, row: Row) -> Tensor:
     return torch.nn.functional.pad(indices, (0, row.picks - indices.shape[-1]), value=-1)
 
 
-def one_hot(indices: Tensor, like: Tensor, row: Row) -> Tensor:
+def one_hot(indices: Tensor, like: Tensor) -> Tensor:
     """Equal weights, 1 in all, on the keys chosen; zeros where there are none."""
+    return torch.zeros_like(like).scatter_add(-1, indices.clamp(min=0), shares(indices, like.dtype))
+
+
+def shares(indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of each key chosen, (..., k): equal ones, 1 in all; 0 for none."""
     chosen = indices >= 0
-    share = chosen.to(like.dtype) / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
-    return torch.zeros_like(like).scatter_add(-1, indices.clamp(min=0), share)
+    return chosen.to(dtype) / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def log_prob(scores: Tensor, noise_scale: float | Tensor, indices: Tensor, row: Row) -> Tensor | None:

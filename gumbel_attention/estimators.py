@@ -78,7 +78,7 @@ def choose(scores: Tensor, visible: Tensor | None, choice: Choice, sinks: Tensor
     if not choice.hard:
         return Chosen(relaxed(scores, tau, scale, row)[..., :columns], None, None)
     indices = pick(scores.detach(), row)
-    weights = one_hot(indices, scores, row)
+    weights = one_hot(indices, scores)
     weights = with_surrogate(weights, scores, tau, scale, lambda: surrogates(scores.detach(), indices, row))
     return Chosen(weights[..., :columns], without_sink(indices, columns), log_prob(scores, scale, indices, row))
 
@@ -150,7 +150,7 @@ def reinmax(scores: Tensor, indices: Tensor, row: Row) -> Iterator[Surrogate]:
     have no share in any of the three distributions.
     """
     theta = log_weights(scores, row.choice.noise_scale)
-    midpoint = (one_hot(indices, scores, row) + masked_softmax(theta / row.choice.tau, row.visible)).detach() / 2
+    midpoint = (one_hot(indices, scores) + masked_softmax(theta / row.choice.tau, row.visible)).detach() / 2
 
     def surrogate(s: Tensor, tau: float | Tensor, scale: float | Tensor) -> Tensor:
         logits = log_weights(s, scale)

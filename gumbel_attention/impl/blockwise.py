@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..choice import Row, log_prob, one_hot, pick, relaxed, row_of, without_sink
+from ..choice import Row, log_prob, pick, relaxed, row_of, shares, without_sink
 from ..estimators import pull_back, surrogates
 from .problem import AttentionInfo, AttentionProblem, compute_dtype
 
@@ -252,10 +252,9 @@ def _picks(block: Block, chosen: Tensor, value: Tensor) -> Iterator[tuple[Tensor
     """For each pick: its row of ``value.flatten(0, 2)``, and its weight with dropout, 0 for no key or a sink."""
     (batch, kv_heads, k_len, _), heads = value.shape, chosen.shape[1]
     head = torch.arange(batch * heads, device=value.device).reshape(batch, heads, 1) // (heads // kv_heads)
-    weights = one_hot(chosen, block.scores, block.row)
-    for index in chosen.split(1, dim=-1):
+    weights = shares(chosen, block.scores.dtype).masked_fill(chosen >= k_len, 0.0)
+    for index, weight in zip(chosen.split(1, dim=-1), weights.split(1, dim=-1), strict=True):
         key = index.clamp(min=0, max=k_len - 1)
-        weight = weights.gather(-1, index.clamp(min=0)).masked_fill((index < 0) | (index >= k_len), 0.0)
         if block.factor is not None:
             weight = weight * block.factor.gather(-1, key)
         yield head * k_len + key[..., 0], weight[..., 0]
