@@ -46,6 +46,16 @@ class Choice:
         """Whether it is the choice of one key with the straight-through gradient, or none."""
         return self.top_k is None and (not self.hard or self.estimator == "straight_through")
 
+    @property
+    def picks_with_noise(self) -> bool:
+        """Whether noise decides which keys are picked."""
+        return self.noise != "none" and self.estimator != "noisy_gradient"
+
+    @property
+    def samples_softmax(self) -> bool:
+        """Whether it is a hard choice that is a sample of softmax(scores / noise_scale)."""
+        return self.hard and self.noise == "gumbel" and self.picks_with_noise
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -132,7 +142,8 @@ def relaxed(scores: Tensor, tau: float | Tensor, noise_scale: float | Tensor, ro
 def pick(scores: Tensor, row: Row) -> Tensor:
     """The keys of largest Z, (..., k) int64, the best first, the lowest of equal ones; -1 where no key is left."""
     choice = row.choice
-    z = (scores if row.noise is None else scores + choice.noise_scale * row.noise) / choice.tau
+    g = row.noise if choice.picks_with_noise else None
+    z = (scores if g is None else scores + choice.noise_scale * g) / choice.tau
     if row.visible is not None:
         z = z.masked_fill(~row.visible, -torch.inf)
     z = z.detach()
@@ -158,7 +169,7 @@ def shares(indices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def log_prob(scores: Tensor, noise_scale: float | Tensor, indices: Tensor, row: Row) -> Tensor | None:
-    r"""log softmax(S / c)[idx]: the probability of the choice, (...); ``None`` unless the noise is Gumbel's.
+    r"""log softmax(S / c)[idx]: the probability of the choice, (...); ``None`` unless Gumbel noise makes it.
 
     argmax((S + c G) / tau) is a sample of softmax(S / c) whatever tau is. (log P[idx] is not its log-probability: it
     contains the noise.) Of k keys it is that of drawing them in this order without replacement (Kool et al. 2019),
@@ -167,7 +178,7 @@ def log_prob(scores: Tensor, noise_scale: float | Tensor, indices: Tensor, row: 
 
     A row without keys gives 0.
     """
-    if row.choice.noise != "gumbel":
+    if not row.choice.samples_softmax:
         return None
     logits = log_weights(scores, noise_scale)
     left = torch.ones_like(scores, dtype=torch.bool) if row.visible is None else row.visible.expand_as(scores)

@@ -39,6 +39,7 @@ ESTIMATORS = {
     "gumbel_rao": Range(gumbel=True, subsets=False, tau_gradient=True),
     "reinmax": Range(gumbel=True, subsets=False, tau_gradient=False, smallest_tau=1.0),
     "score_function": Range(gumbel=True, subsets=True, tau_gradient=False),
+    "noisy_gradient": Range(gumbel=False, subsets=True, tau_gradient=True),
 }
 
 

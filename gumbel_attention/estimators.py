@@ -16,6 +16,7 @@ Jacobian, while the values see the weights themselves:
     reinmax           see there, with c = 1:                              (2 J((y + softmax(S / tau)) / 2)
                                                                           - J(softmax(S)) / 2)^T g
     score_function    none: log_prob is for the loss                      nothing
+    noisy_gradient    P; the choice is y = onehot(argmax S)               J(P)^T g
     ================  ==================================================  ==========================================
 
 with J(w) = diag(w) - w w^T, the softmax's Jacobian where its value is w; straight-through's and Gumbel-Rao's are
@@ -102,6 +103,15 @@ def straight_through(scores: Tensor, indices: Tensor, row: Row) -> Iterator[Surr
     yield lambda s, tau, scale: relaxed(s, tau, scale, row)
 
 
+def noisy_gradient(scores: Tensor, indices: Tensor, row: Row) -> Iterator[Surrogate]:
+    """Straight-through whose noise is in the backward pass alone: the keys are those of the largest scores.
+
+    For the question what noise does where: against straight-through with noise it differs in the forward pass only,
+    against the deterministic one in the backward pass only. Not an estimator of the literature.
+    """
+    return straight_through(scores, indices, row)
+
+
 def gumbel_rao(scores: Tensor, indices: Tensor, row: Row) -> Iterator[Surrogate]:
     r"""The mean of K relaxations whose noise all made this choice (Paulus et al. 2021, Rao-Blackwellised).
 
@@ -173,6 +183,7 @@ _SURROGATES: dict[str, Callable[[Tensor, Tensor, Row], Iterator[Surrogate]]] = {
     "gumbel_rao": gumbel_rao,
     "reinmax": reinmax,
     "score_function": score_function,
+    "noisy_gradient": noisy_gradient,
 }
 
 

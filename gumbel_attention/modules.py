@@ -29,6 +29,11 @@ class _Adjustable:
         self.gumbel.check_override(on)
         self.gumbel.noise_override = on
 
+    def hard(self, on: bool | None) -> None:
+        """Makes the choice hard or soft in both modes; ``None`` leaves it to the mode."""
+        self.gumbel.check_hard(on)
+        self.gumbel.hard_override = on
+
 
 class GumbelMultiheadAttention(_Adjustable, nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` whose heads choose as a :class:`GumbelAttentionConfig` says.

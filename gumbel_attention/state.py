@@ -29,6 +29,8 @@ class AttentionState(nn.Module):
 
     Attributes:
         noise_override: what :meth:`GumbelMultiheadAttention.noise` and the like set; ``None`` leaves it to the mode.
+        hard_override: whether the choice is hard in both modes; ``None`` leaves it to the mode.
+        seeds: int64 (B,), a seed for each example of the next calls; ``None`` draws one for each call.
         collector: who gets the log-probabilities (B, H, q_len) of the hard choices.
         expected: a choice is its expectation, softmax(scores / noise_scale).
 
@@ -46,6 +48,8 @@ class AttentionState(nn.Module):
         self.config = config
         self.num_heads = num_heads
         self.noise_override: bool | str | None = None
+        self.hard_override: bool | None = None
+        self.seeds: Tensor | None = None
         self.collector: Callable[[Tensor], None] | None = None
         self.expected = False
         self._noise_scale: Tensor
@@ -111,6 +115,11 @@ class AttentionState(nn.Module):
         elif on and self.config.noise == "none":
             raise ValueError("the layer has noise='none': name the family to switch on, such as 'gumbel'.")
 
+    def check_hard(self, on: bool | None) -> None:
+        """Raises TypeError unless ``on`` is a switch of the hard choice."""
+        if on is not None and not isinstance(on, bool):
+            raise TypeError(f"hard must be True, False or None for the mode's own, got {on!r}.")
+
     def noise(self, training: bool) -> str:
         """The noise family in force: the override if there is one, else the settings' in the given mode."""
         if isinstance(self.noise_override, str):
@@ -119,7 +128,9 @@ class AttentionState(nn.Module):
         return self.config.noise if on else "none"
 
     def hard(self, training: bool) -> bool:
-        """Whether the choice is hard in the given mode."""
+        """Whether the choice is hard: the override if there is one, else the settings' in the given mode."""
+        if self.hard_override is not None:
+            return self.hard_override
         eval_hard = self.config.eval_hard
         return self.config.hard if training or eval_hard is None else eval_hard
 
@@ -134,7 +145,8 @@ class AttentionState(nn.Module):
             }
         hard, noise = self.hard(training), self.noise(training)
         estimator = self.estimator(hard, noise)
-        return {
+        seed = {} if self.seeds is None else {"seed": self.seeds}
+        return seed | {
             "tau": self.tau,
             "hard": hard,
             "noise": noise,
@@ -159,6 +171,7 @@ class AttentionState(nn.Module):
         The score function computes them always: checkpointing must find the same tensors when it computes again.
         """
         sampled = settings["hard"] and settings["noise"] == "gumbel" and self.config.noise_scale > 0.0
+        sampled = sampled and settings["estimator"] != "noisy_gradient"
         return bool(sampled and (self.collector is not None or settings["estimator"] == "score_function"))
 
     def hand_over(self, log_prob: Tensor | None) -> None:

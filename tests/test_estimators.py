@@ -118,12 +118,14 @@ CASES = {
     "gumbel_rao, K=5": Case(HARD | {"estimator": "gumbel_rao", "samples": 5}, gumbel_rao, unconditional),
     "reinmax": Case(HARD | {"estimator": "reinmax"}, reinmax, euler),
     "score_function": Case(HARD | {"estimator": "score_function"}, nothing, relaxed),
+    "noisy_gradient": Case(HARD | {"estimator": "noisy_gradient"}, relaxed, euler),
     "two keys, soft": Case({"top_k": 2}, relaxed, without_removal),
     "two keys": Case(HARD | {"top_k": 2}, relaxed, without_removal),
     "three keys without noise": Case(HARD | {"top_k": 3, "noise": "none"}, relaxed, without_removal),
     "two keys, score_function": Case(HARD | {"top_k": 2, "estimator": "score_function"}, nothing, relaxed),
 }
 WITHOUT_NOISE = ("deterministic", "three keys without noise")
+NOT_SAMPLED = (*WITHOUT_NOISE, "normal", "noisy_gradient")  # by softmax(scores / noise_scale)
 
 
 def noise_of(case: Case, shape: tuple[int, ...], seed: int, sink: bool) -> list[Tensor]:
@@ -157,7 +159,8 @@ def by_hand(
         if not keys:
             continue
         s = scores[b, h, q, keys]
-        best = (s + c[h] * main[b, h, q, keys]).detach().sort(descending=True).indices.tolist()
+        noisy = case.settings.get("estimator") != "noisy_gradient"
+        best = (s + noisy * c[h] * main[b, h, q, keys]).detach().sort(descending=True).indices.tolist()
         row = Row(s, [g[b, h, q, keys] for g in drawn], tau[h], c[h], best[:picks], picks)
         soft = case.surrogate(row)
         weights[-1] = full.index_put((torch.tensor(keys),), row.hot + soft - soft.detach() if hard else soft)
@@ -252,7 +255,7 @@ def test_attention_has_the_papers_gradient(name: str, mask: str, impl: str) -> N
     info = problem.attend(impl, **case.settings)
     output, log_probs = problem.by_hand(case)
     sampled = info.log_prob is not None
-    assert sampled == (case.settings.get("hard", False) and case.settings.get("noise", "gumbel") == "gumbel")
+    assert sampled == (case.settings.get("hard", False) and name not in NOT_SAMPLED)
     torch.testing.assert_close(info.output, output, rtol=1e-12, atol=1e-12)
     if info.log_prob is not None:
         torch.testing.assert_close(info.log_prob, log_probs, rtol=1e-11, atol=1e-11)

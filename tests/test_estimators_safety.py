@@ -23,6 +23,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "gumbel_rao": HARD | {"estimator": "gumbel_rao", "samples": 3},
     "reinmax": HARD | {"estimator": "reinmax"},
     "score_function": HARD | {"estimator": "score_function"},
+    "noisy_gradient": HARD | {"estimator": "noisy_gradient"},
     "three keys, soft": {"top_k": 3},
     "three keys": HARD | {"top_k": 3},
     "three keys, score_function": HARD | {"top_k": 3, "estimator": "score_function"},
@@ -56,7 +57,7 @@ def as_mask(kind: str, keep: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(keep, torch.randn(keep.shape, dtype=dtype), low).requires_grad_()
 
 
-def check_choice(indices: Tensor | None, log_prob: Tensor | None, keep: Tensor, picks: int) -> None:
+def check_choice(indices: Tensor | None, log_prob: Tensor | None, keep: Tensor, picks: int, sampled: bool) -> None:
     """Only keys that take part are chosen, none twice, as many as there are."""
     if indices is None:
         return
@@ -67,7 +68,10 @@ def check_choice(indices: Tensor | None, log_prob: Tensor | None, keep: Tensor, 
     assert keep.gather(-1, indices.clamp(min=0))[took].all()
     once = torch.zeros(keep.shape, dtype=torch.int64).scatter_add(-1, indices.clamp(min=0), took.long())
     assert once.max() == 1
-    assert log_prob is not None
+    if sampled:
+        assert log_prob is not None
+    if log_prob is None:
+        return
     assert log_prob.isfinite().all()
     assert (log_prob <= 1e-6).all()
     assert (log_prob[~keep.any(-1)] == 0).all()
@@ -99,7 +103,7 @@ def test_attention_is_finite_and_knows_its_mask(name: str, kind: str, dtype: tor
     assert info.output.isfinite().all()
     empty = ~keep.any(-1)
     assert (info.output[empty] == 0).all()
-    check_choice(info.indices, info.log_prob, keep, settings.get("top_k", 1))
+    check_choice(info.indices, info.log_prob, keep, settings.get("top_k", 1), name != "noisy_gradient")
     if info.weights is not None:
         assert (info.weights[~keep] == 0).all()
         torch.testing.assert_close(info.weights.float().sum(-1), (~empty).float(), rtol=0, atol=2e-2)
@@ -129,7 +133,7 @@ def test_gumbel_softmax_is_finite_and_knows_its_mask(name: str, kind: str, dtype
         assert info.weights.dtype == dtype
         assert (info.weights[~keep] == 0).all()
         torch.testing.assert_close(info.weights.float().sum(-1), keep.any(-1).float(), rtol=0, atol=2e-2)
-        check_choice(info.indices, info.log_prob, keep, settings.get("top_k", 1))
+        check_choice(info.indices, info.log_prob, keep, settings.get("top_k", 1), name != "noisy_gradient")
         (grad,) = torch.autograd.grad(loss_of(info.weights, info.log_prob), logits)
         assert grad.isfinite().all()
         assert (grad[~keep] == 0).all()

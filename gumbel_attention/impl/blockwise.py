@@ -56,7 +56,7 @@ def attention(problem: AttentionProblem, block_scores: int = BLOCK_SCORES) -> Te
 def attention_with_choice(problem: AttentionProblem, block_scores: int = BLOCK_SCORES) -> AttentionInfo:
     """:func:`attention` with the keys of a hard choice and their log-probability; without weights."""
     choice = problem.choice
-    sampled = choice.hard and choice.noise == "gumbel"
+    sampled = choice.samples_softmax
     output, indices, log_probs = _attention(problem, block_scores, sampled)
     if not choice.hard:
         return AttentionInfo(output, None, None, None)

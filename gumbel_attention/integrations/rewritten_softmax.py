@@ -118,6 +118,11 @@ class SoftmaxState(PatchedState):
             tau = tau.repeat(repeats)
         where = None
         if draws(noise, scale):
+            if self.seeds is not None:
+                raise RuntimeError(
+                    "seeds for each example are for layers that call their attention by name; this layer's own "
+                    "softmax is rewritten and sees no examples. Leave it out of the patch, or switch its noise off."
+                )
             where = Coordinates(draw_seed(device=scores.device), *scores.shape)
         how = (settings.get(name) for name in ("estimator", "samples", "top_k"))
         chosen = choose(scores, visible, make_choice(tau, settings["hard"], noise, scale, where, scores.dtype, *how))

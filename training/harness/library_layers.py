@@ -59,6 +59,18 @@ class LibraryLayers:
             for layer, switch in zip(self.layers.values(), before, strict=True):
                 layer.noise(switch)
 
+    @contextmanager
+    def hard(self, on: bool | None) -> Iterator[None]:
+        """Within this context the choice is hard or soft; the switches before come back after it."""
+        before = [layer.gumbel.hard_override for layer in self.layers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.hard(on)
+            yield
+        finally:
+            for layer, switch in zip(self.layers.values(), before, strict=True):
+                layer.hard(switch)
+
     def learned_tau_parameters(self) -> list[torch.nn.Parameter]:
         """The learned temperatures."""
         return [layer.gumbel.log_tau for layer in self.layers.values() if layer.gumbel.log_tau is not None]

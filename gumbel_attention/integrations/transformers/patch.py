@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...selection import PatchedLayer
 from ..patched_state import PatchedState, state_of, stop_following
 from ..rewriting import notes
 from .model_views import refresh_views
+
+
+_LAYER_STRIDE = 0x5851F42D4C957F2D
+"""Odd, so that different seeds stay different; large, so that those of two layers of a model do not meet."""
 
 
 class PatchedModule(NamedTuple):
@@ -108,15 +113,57 @@ class ModelPatch:
         self._check_in_force()
         for state in self._states:
             state.check_override(on)
-        before = [state.noise_override for state in self._states]
-        for state in self._states:
-            state.noise_override = on
+        return self._set("noise_override", [on] * len(self._states))
 
-        def restore() -> None:
-            for state, value in zip(self._states, before, strict=True):
-                state.noise_override = value
+    def hard(self, on: bool | None, layers: Sequence[int] | None = None) -> _Restore:
+        """Makes the choice hard or soft, whatever the mode; as a context manager, until its end.
 
-        return _Restore(restore)
+        Args:
+            on: ``True`` picks one key, ``False`` averages; ``None`` goes back to the settings.
+            layers: places in :attr:`layers`, which may count from the end; ``None`` is all of them.
+
+        Raises:
+            TypeError: ``on`` is something else.
+            IndexError: there is no such layer.
+        """
+        self._check_in_force()
+        switches = [state.hard_override for state in self._states]
+        for place in range(len(switches)) if layers is None else layers:
+            self._states[place].check_hard(on)
+            switches[place] = on
+        return self._set("hard_override", switches)
+
+    def seeds(self, seeds: Tensor | None) -> _Restore:
+        """Gives each example of the next calls its own noise; as a context manager, until its end.
+
+        An example's noise, and the dropout of its attention weights, then depend on its seed and the layer alone, not
+        on the batch it is in, and repeat with the seed.
+
+        Args:
+            seeds: int64 (B,); ``None`` goes back to noise drawn anew in every call.
+
+        Raises:
+            TypeError: the seeds are not such a tensor.
+        """
+        self._check_in_force()
+        if seeds is None:
+            return self._set("seeds", [None] * len(self._states))
+        if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.ndim != 1:
+            got = (seeds.dtype, tuple(seeds.shape)) if isinstance(seeds, Tensor) else seeds
+            raise TypeError(f"seeds must be an int64 tensor of shape (B,), one for each example, got {got!r}.")
+        return self._set("seeds", [seeds * _LAYER_STRIDE + place for place in range(len(self._states))])
+
+    def _set(self, name: str, values: Sequence[object]) -> _Restore:
+        """Sets an attribute of each layer's state, and has it set back."""
+        states = self._states
+        before = [getattr(state, name) for state in states]
+
+        def assign(to: Sequence[object]) -> None:
+            for state, value in zip(states, to, strict=True):
+                setattr(state, name, value)
+
+        assign(values)
+        return _Restore(lambda: assign(before))
 
     def learned_tau_parameters(self) -> list[nn.Parameter]:
         """The learned temperatures (their logarithms), to be kept out of weight decay."""
