@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import GumbelAttentionConfig
+from .diagnostics import CollectedDiagnostics, collect_diagnostics
 from .functional import (
     AttentionInfo,
     Explanation,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionInfo",
+    "CollectedDiagnostics",
     "CollectedLogProbs",
     "Explanation",
     "GumbelAttentionCallback",
@@ -52,6 +54,7 @@ __all__ = [
     "SetAttentionOutput",
     "SoftmaxInfo",
     "__version__",
+    "collect_diagnostics",
     "collect_log_probs",
     "explain",
     "from_pretrained",

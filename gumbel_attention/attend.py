@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import attention_problem, draws
 from .functional import AttentionInfo, gumbel_attention, gumbel_attention_with_info
+from .noise import draw_seed
 from .state import AttentionState
 
 
@@ -52,8 +54,9 @@ def attend(
         TypeError, ValueError: as :func:`gumbel_attention_with_info`.
     """
 
+    enable_gqa = query.shape[-3] != key.shape[-3]
+
     def with_settings(need_choice: bool = False, **settings: Any) -> AttentionInfo:
-        enable_gqa = query.shape[-3] != key.shape[-3]
         inputs = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         settings |= {"softcap": softcap, "sinks": sinks}
         if need_weights or need_choice:
@@ -61,6 +64,14 @@ def attend(
         return AttentionInfo(gumbel_attention(*inputs, **settings), None, None, None)
 
     settings = state.arguments(training)
+    if state.observers:
+        if "seed" not in settings and draws(settings["noise"], settings.get("noise_scale", 1.0)):
+            settings["seed"] = draw_seed(device=query.device)  # what the call would draw, known to the observers too
+        seen = attention_problem(
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks, **settings
+        )
+        for observer in state.observers:
+            observer(seen)
     chosen = with_settings(state.collects(settings), **settings)
     if state.config.heads is not None:
         chosen = _with_plain_heads(state, query, chosen, with_settings(noise="none", impl=state.config.impl))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ESTIMATORS, NOISES, GumbelAttentionConfig, check_positive, check_tau, choose
+from .impl.problem import AttentionProblem
 
 SMALLEST_TAU = 1e-4
 """Temperature of the expectation of a choice whose noise scale is lower, 0 included."""
@@ -33,6 +34,7 @@ class AttentionState(nn.Module):
         seeds: int64 (B,), a seed for each example of the next calls; ``None`` draws one for each call.
         collector: who gets the log-probabilities (B, H, q_len) of the hard choices.
         expected: a choice is its expectation, softmax(scores / noise_scale).
+        observers: who is told of each call, with the seed that it uses.
 
     Raises:
         ValueError: ``config.heads`` names a head the layer does not have.
@@ -52,6 +54,7 @@ class AttentionState(nn.Module):
         self.seeds: Tensor | None = None
         self.collector: Callable[[Tensor], None] | None = None
         self.expected = False
+        self.observers: tuple[Callable[[AttentionProblem], None], ...] = ()
         self._noise_scale: Tensor
         self.register_buffer("_noise_scale", _number(config.noise_scale, device), persistent=False)
         self.log_tau: nn.Parameter | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import types
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from ..arguments import draws, make_choice, takes_part
 from ..attend import attend
-from ..choice import masked_softmax
+from ..choice import Choice, masked_softmax
 from ..config import GumbelAttentionConfig
 from ..estimators import choose
-from ..impl.problem import compute_dtype
+from ..impl.problem import AttentionProblem, compute_dtype
 from ..noise import Coordinates, draw_seed
 from .patched_state import PatchedState
 from .rewriting import original, rewritten
@@ -125,7 +126,10 @@ class SoftmaxState(PatchedState):
                 )
             where = Coordinates(draw_seed(device=scores.device), *scores.shape)
         how = (settings.get(name) for name in ("estimator", "samples", "top_k"))
-        chosen = choose(scores, visible, make_choice(tau, settings["hard"], noise, scale, where, scores.dtype, *how))
+        choice = make_choice(tau, settings["hard"], noise, scale, where, scores.dtype, *how)
+        for observer in self.observers:
+            observer(self._problem(scores, visible, choice))
+        chosen = choose(scores, visible, choice)
         weights, log_prob = chosen.weights, chosen.log_prob
         if self.config.heads is not None:
             picked = {head % self.num_heads for head in self.config.heads}
@@ -135,6 +139,33 @@ class SoftmaxState(PatchedState):
         if self.collector is not None and log_prob is not None:
             self.hand_over(log_prob.reshape(self._repeats(rows), self.num_heads, -1))
         return weights
+
+    def _problem(self, scores: Tensor, visible: Tensor, choice: Choice) -> AttentionProblem:
+        """The attention that has these scores (1, N, Q, K), as a bias; by heads where N is a multiple of them."""
+        n, q_len, k_len = scores.shape[1:]
+        shape = (-1, self.num_heads if n % self.num_heads == 0 else 1, q_len, k_len)
+        bias = scores.reshape(shape)
+        tau, where = choice.tau, choice.where
+        if isinstance(tau, Tensor) and tau.numel() > 1:
+            tau = tau[:, : self.num_heads]
+        if where is not None:
+            where = Coordinates(where.seed, *bias.shape)
+        return AttentionProblem(
+            query=bias[..., :0],
+            key=bias.new_empty((*bias.shape[:2], k_len, 0)),
+            value=bias.new_empty((*bias.shape[:2], k_len, 0)),
+            keep=visible.reshape(shape),
+            bias=bias,
+            is_causal=False,
+            q_offset=0,
+            k_offset=0,
+            scale=1.0,
+            softcap=None,
+            sinks=None,
+            dropout_p=0.0,
+            seed_given=True,
+            choice=dataclasses.replace(choice, tau=tau, where=where),
+        )
 
     def _repeats(self, rows: Tensor) -> int:
         """How often the heads come one after the other in the flattened rows."""

@@ -13,7 +13,6 @@ from ..patched_state import PatchedState, state_of, stop_following
 from ..rewriting import notes
 from .model_views import refresh_views
 
-
 _LAYER_STRIDE = 0x5851F42D4C957F2D
 """Odd, so that different seeds stay different; large, so that those of two layers of a model do not meet."""
 
