@@ -167,7 +167,8 @@ def _passed_over(name: str, problem: AttentionProblem) -> str | None:
     if name in EXPLICIT_ONLY:
         return EXPLICIT_ONLY[name]
     if _scores(problem) <= WORTH_IT.get(name, -1):
-        return f"it is not worth it for {_scores(problem)} scores"
+        many = "so few" if torch.compiler.is_compiling() else _scores(problem)  # a number compiles anew for each shape
+        return f"it is not worth it for {many} scores"
     if name != "sdpa":
         return None
     on_cpu = problem.query.device.type == "cpu"

@@ -24,15 +24,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
+from harness.fixed_noise import noise_of_examples, split_index
 from harness.loop import TrainingRecord, loss_of_model
+from harness.model_card import CardFacts
 from harness.models import load_classifier, load_tokenizer
 from harness.parsing import parse_arguments
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
 from harness.score_function import sampled_loss
-from tasks.classification import evaluate, load_data, losses, make_loaders
+from tasks.classification import check_vocabulary, evaluate, load_config, load_data, losses, make_loaders
 
 
 class Classification:
@@ -42,16 +45,36 @@ class Classification:
         args: the settings.
     """
 
+    card = CardFacts(
+        "text classification",
+        """
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = {from_pretrained}.eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+""",
+        "AutoModelForSequenceClassification",
+        "text-classification",
+    )
+
     samples_loss = True
+    averages_samples = True
 
     def __init__(self, args: FinetuneArguments) -> None:
         self.args = args
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Tokenises; a data set is told from others by its token and label ids."""
+
+        def tell(line: str) -> None:
+            if accelerator.is_main_process:
+                tqdm.write(line)
+
+        config = load_config(self.args)
         self.tokenizer = load_tokenizer(self.args.model_name_or_path, self.args.cache_dir)
+        check_vocabulary(config, self.tokenizer, self.args.model_name_or_path)
         with accelerator.main_process_first():
-            self.data = load_data(self.args, self.tokenizer)
+            self.data = load_data(self.args, self.tokenizer, tell)
         described = describe_data("train", self.data.train) | describe_data("validation", self.data.validation)
         return described | {"label_names": self.data.label_names}
 
@@ -67,9 +90,11 @@ class Classification:
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Cross entropy; of the score function its own loss."""
         args = self.args
-        if args.attention == "gumbel" and args.estimator == "score_function":
-            return sampled_loss(losses, model, batch, args.baseline)
-        return loss_of_model(model, batch)
+        inputs, index = split_index(batch)
+        with noise_of_examples(model, index, args.seed):
+            if args.attention == "gumbel" and args.estimator == "score_function":
+                return sampled_loss(losses, model, inputs, args.baseline)
+            return loss_of_model(model, inputs)
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
         """Mean loss, accuracy and macro F1."""

@@ -9,6 +9,11 @@ noise on, and reports nats per token (loss), perplexity and bits per character.
 
 Checkpoints, signals, the exit status and what is left in ``output_dir`` are as in finetune.py. A stream that goes on
 is read again from its beginning, without training, up to where the run was.
+
+Of a stream each of several processes trains on a share of its own: on whole files where their number is a multiple of
+that of the processes, else each of n processes on every n-th document. Who comes to the end of its share begins it
+anew, so that nobody waits for longer shares; the documents of shorter ones come more often. Such a run goes on with as
+many processes as it began with.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from harness.loop import TrainingRecord
+from harness.model_card import CardFacts
 from harness.parsing import parse_arguments
 from harness.run import exit_with_status, run_task
 from tasks import language_modelling
@@ -36,6 +42,20 @@ class LanguageModelling:
     Args:
         args: the settings.
     """
+
+    card = CardFacts(
+        "language modelling",
+        """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = {from_pretrained}.eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+""",
+        "AutoModelForCausalLM",
+        "text-generation",
+    )
+
+    averages_samples = True
 
     def __init__(self, args: LanguageModelArguments) -> None:
         self.args = args

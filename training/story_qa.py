@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.loop import TrainingRecord
+from harness.model_card import CardFacts
 from harness.parsing import parse_arguments
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
@@ -42,6 +43,17 @@ class StoryQuestions:
     Args:
         args: the settings.
     """
+
+    card = CardFacts(
+        "questions about stories",
+        """
+from tasks.story_answering import load_model  # in training/ of gumbel_attention
+
+model, vocabulary = load_model(folder)
+""",
+    )
+
+    averages_samples = True
 
     def __init__(self, args: StoryArguments) -> None:
         self.args = args

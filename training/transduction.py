@@ -22,10 +22,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.loop import TrainingRecord
+from harness.model_card import CardFacts
 from harness.parsing import parse_arguments
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
-from tasks.transduction import TransductionArguments, compute_loss, evaluate, load_data, make_loaders, make_model
+from tasks.transduction import (
+    IGNORED,
+    TransductionArguments,
+    compute_loss,
+    evaluate,
+    load_data,
+    make_loaders,
+    make_model,
+)
 
 
 class Transduction:
@@ -34,6 +43,20 @@ class Transduction:
     Args:
         args: the settings.
     """
+
+    card = CardFacts(
+        "string transduction",
+        """
+from tasks.transduction import Symbols  # in training/ of gumbel_attention
+from transformers import AutoModelForSeq2SeqLM
+
+model = {from_pretrained}.eval()
+symbols = Symbols.load(folder)
+""",
+        "AutoModelForSeq2SeqLM",
+    )
+
+    averages_samples = False
 
     def __init__(self, args: TransductionArguments) -> None:
         self.args = args
@@ -59,6 +82,10 @@ class Transduction:
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Cross entropy per symbol, with label smoothing."""
         return compute_loss(model, batch, self.args.label_smoothing)
+
+    def weight(self, batch: Any) -> torch.Tensor:
+        """The symbols that the loss is a mean over."""
+        return (batch["labels"] != IGNORED).sum()
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
         """Loss, exact match and edit distance."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,28 @@ from harness.results import CONFIG_FILE, RESULTS_FILE
 SEED = 6
 """Of the random moments."""
 _PATIENCE = 300.0
+_SECONDS_TO_END = 60.0
+"""Torchrun sends SIGTERM to the processes that are left, and after 30 seconds SIGKILL."""
 
 
 class Child:
-    """One process that runs finetune.py.
+    """One process that runs finetune.py; or torchrun's agent and the processes that it starts, which do.
 
     Args:
         line: its command line.
         log: gets what it prints.
         fresh: a fresh interpreter; else a fork of a server process that has imported finetune.py and nothing more,
             which saves the seconds that the imports take.
+        processes: more than one are started by torchrun's agent, and are always fresh interpreters.
     """
 
-    def __init__(self, line: Sequence[str], log: Path, fresh: bool) -> None:
+    def __init__(self, line: Sequence[str], log: Path, fresh: bool, processes: int = 1) -> None:
         self._popen: subprocess.Popen[bytes] | None = None
-        if fresh:
+        self._processes = processes
+        if fresh or processes > 1:
+            together = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [sys.executable, *(together if processes > 1 else ()), finetune.__file__, *line]
             with log.open("ab") as output:
-                command = [sys.executable, finetune.__file__, *line]
                 self._popen = subprocess.Popen(command, stdout=output, stderr=output)
             return
         os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # of the server
@@ -56,6 +62,27 @@ class Child:
         """Sends a signal, if it has not ended."""
         if self.running():
             os.kill(self._popen.pid if self._popen else self._process.pid, number)
+
+    def kill_one(self, which: int) -> None:
+        """Kills one of the processes that run finetune.py; what becomes of the others is up to torchrun.
+
+        Raises:
+            TimeoutExpired: the agent does not end.
+        """
+        if self._processes == 1 or self._popen is None:
+            self.send(signal.SIGKILL)
+            return
+        workers = _workers(self._popen.pid)
+        if len(workers) > which:  # else the run is at its end
+            os.kill(workers[which], signal.SIGKILL)
+        try:
+            self._popen.wait(_SECONDS_TO_END)
+        finally:
+            left = [pid for pid in workers if _parent(pid) is not None]
+            for pid in (*left, self._popen.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert not left, "torchrun has ended, but not all of its processes"
 
     def wait(self) -> int:
         """The exit status; kills a process that takes too long."""
@@ -98,18 +125,20 @@ class Trials:
         settings: of the run; it writes checkpoints.
         base: folder for all runs.
         fresh: as for :class:`Child`.
+        processes: as for :class:`Child`; one of them is killed.
     """
 
-    def __init__(self, settings: dict[str, Any], base: Path, fresh: bool) -> None:
-        self.settings, self.base, self.fresh = settings, base, fresh
+    def __init__(self, settings: dict[str, Any], base: Path, fresh: bool, processes: int = 1) -> None:
+        self.settings, self.base, self.fresh, self.processes = settings, base, fresh, processes
         self.random = random.Random(SEED)
         whole = base / "whole"
         child = self._start(whole, checkpointing_steps="null")
         wait_for(whole / CONFIG_FILE, child)
         begun = time.perf_counter()
+        wait_for(whole / RESULTS_FILE, child)
+        self.seconds = time.perf_counter() - begun
         status = child.wait()
         assert status == 0, (whole.with_suffix(".log")).read_text()
-        self.seconds = time.perf_counter() - begun
         self.expected = outcome(whole)
 
     def run(self, number: int) -> list[Kill]:
@@ -135,7 +164,7 @@ class Trials:
             if aimed and len(seen) >= writes:
                 time.sleep(pause)
                 break
-        child.send(signal.SIGKILL)
+        child.kill_one(self.random.randrange(self.processes))
         child.wait()
         found = find_checkpoints(folder)
         return Kill(
@@ -147,7 +176,7 @@ class Trials:
 
     def _start(self, folder: Path, **changes: Any) -> Child:
         settings = {**self.settings, "output_dir": str(folder), "resume_from_checkpoint": "latest", **changes}
-        return Child(words(settings), folder.with_suffix(".log"), self.fresh)
+        return Child(words(settings), folder.with_suffix(".log"), self.fresh, self.processes)
 
 
 def wait_for(path: Path, child: Child) -> None:
@@ -162,3 +191,23 @@ def _run(line: list[str], log: str) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     finetune.main(line)
+
+
+def _workers(agent: int) -> list[int]:
+    """The processes that run finetune.py for an agent, in the order of their start."""
+    running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return sorted(pid for pid in running if _parent(pid) == agent and _runs_finetune(pid))
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return None
+
+
+def _runs_finetune(pid: int) -> bool:
+    try:
+        return finetune.__file__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False

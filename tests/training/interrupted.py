@@ -29,7 +29,10 @@ HARD_TO_RESUME: dict[str, Any] = {
     "save_model": True,
 }
 """Noise, dropout, accumulation with a remainder at the end of an epoch, and a log that spans checkpoints."""
-_MAY_DIFFER = {"started", "train_seconds", "eval_seconds", "steps_per_second", "peak_memory_bytes", "config"}
+_MAY_DIFFER = {
+    *("started", "train_seconds", "eval_seconds", "steps_per_second", "tokens_per_second"),
+    *("peak_memory_bytes", "config"),
+}
 
 
 def start(settings: dict[str, Any], **changes: Any) -> TrainingRecord:

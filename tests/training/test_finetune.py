@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tiny import run
 import finetune
 from harness import models
 from harness import run as run_module
-from harness.ablation import execute, load_study
 from harness.arguments import FinetuneArguments
 from harness.attention import control_attention
 from harness.errors import UsageError
@@ -35,11 +33,12 @@ def test_run_leaves_configuration_and_complete_results(settings: dict[str, Any])
     assert set(results) == {
         *("schema_version", "status", "started", "config", "label_names", "final", "series", "steps", "git"),
         *("train_seconds", "eval_seconds", "steps_per_second", "peak_memory_bytes", "device", "num_processes"),
-        *("num_threads", "versions", "resumed_at_steps"),
+        *("num_threads", "versions", "resumed_at_steps", "tokens", "tokens_per_second"),
     }
     assert results["config"] == yaml.safe_load((folder / "config.yaml").read_text())
     assert set(results["final"]) == {"noise_off", "noise_on"}
-    assert all(set(metrics) == {"loss", "accuracy", "f1_macro"} for metrics in results["final"].values())
+    names = {"loss", "accuracy", "f1_macro", "calibration_error", "selective_accuracy"}
+    assert all(set(metrics) == names for metrics in results["final"].values())
     train, evaluation = results["series"]["train"], results["series"]["evaluation"]
     assert [entry["step"] for entry in train] == [1, 2, 3, 4, 5, 6]
     assert [entry["tau"] for entry in train] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
@@ -198,20 +197,6 @@ def test_saved_model_can_be_loaded(settings: dict[str, Any]) -> None:
     model = models.load_classifier(folder, ["0", "1"], 0)
     assert model.config.id2label == {0: "0", 1: "1"}
     assert models.load_tokenizer(folder).pad_token_id == 0
-
-
-def test_study_runs_through_accelerate_launch(settings: dict[str, Any], tmp_path: Path) -> None:
-    base = {key: value for key, value in settings.items() if key != "output_dir"} | {"max_train_steps": 2}
-    study = {"base": base, "arms": {"st": {"hard": True}}, "seeds": [3], "output_dir": str(tmp_path / "out")}
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    planned = load_study(str(tmp_path / "study.yaml")).runs[0]
-    execute(planned)
-    results = planned.results()
-    assert results is not None
-    assert results["steps"] == 2
-    assert results["device"].startswith("cpu")
-    assert set(results["final"]) == {"noise_off", "noise_on"}
-    assert sorted(os.listdir(planned.folder)) == ["arguments.yaml", "config.yaml", "log.txt", "results.json"]
 
 
 @pytest.mark.parametrize("baseline", ["none", "soft"])

@@ -1,133 +1,31 @@
-"""language_model.py: packing, exact metrics, runs that go on, what is refused."""
+"""language_model.py: exact metrics, runs that go on, data, what is refused."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from interrupted import outcome
+from language_runs import GPT2, TEXT, language_settings, results, start, stop_at_batch, stream_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gumbel_attention as ga
 import language_model
 from harness.errors import UsageError
-from harness.loop import TrainingRecord
-from harness.stopping import Stopped
 from tasks import language_modelling
 from tasks.language_arguments import LanguageModelArguments
-from tasks.packing import BlockCollator, PackedBlocks, StreamedBlocks
+from tasks.packing import PackedBlocks
 from tasks.text_corpus import character_tokenizer, load_documents
-
-TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n\n" * 3
-GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16}
 
 
 @pytest.fixture
 def language(tmp_path: Path) -> dict[str, Any]:
-    """A run of six steps on 264 characters, with dropout."""
-    (tmp_path / "train.txt").write_text(TEXT)
-    (tmp_path / "dev.txt").write_text("Whether to be the mind\nor not to be noble")
-    return {
-        "model_config": GPT2,
-        "tokenizer_name": "characters",
-        "train_file": str(tmp_path / "train.txt"),
-        "validation_file": str(tmp_path / "dev.txt"),
-        "block_size": 12,
-        "cache_dir": str(tmp_path / "cache"),
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 3,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "tau_schedule": "exponential",
-        "tau_end": 0.5,
-        "save_model": True,
-        "output_dir": str(tmp_path / "run"),
-    }
-
-
-def start(settings: dict[str, Any], **changes: Any) -> TrainingRecord:
-    return language_model.run(LanguageModelArguments(**{**settings, **changes}))
-
-
-def results(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return read
-
-
-def stop_at_batch(number: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    count, compute_loss = [0], language_modelling.compute_loss
-
-    def counting(model: Any, batch: Any) -> Any:
-        count[0] += 1
-        if count[0] == number:
-            signal.raise_signal(signal.SIGTERM)
-        return compute_loss(model, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(language_modelling, "compute_loss", counting)
-        with pytest.raises(Stopped):
-            start(settings)
-
-
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8), block_size=st.integers(2, 7))
-def test_packing_predicts_every_token_but_the_first_once_and_in_order(lengths: list[int], block_size: int) -> None:
-    tokens = np.arange(sum(lengths), dtype=np.int32)
-    pieces = np.split(tokens, np.cumsum(lengths)[:-1])
-    if len(tokens) < 2:
-        with pytest.raises(ValueError, match="at least two tokens"):
-            PackedBlocks(pieces, block_size)
-        return
-    blocks = PackedBlocks(pieces, block_size)
-    batch = BlockCollator(block_size, padding_id=0)([blocks[index] for index in range(len(blocks))])
-    used = batch["labels"] != -100
-    assert batch["labels"][used].tolist() == tokens[1:].tolist()
-    assert batch["input_ids"][used].tolist() == tokens[:-1].tolist()
-    assert used[:-1].all(), "only the last block is padded"
-    assert used.sum(1).min() >= 1
-    with pytest.raises(IndexError):
-        blocks[len(blocks)]
-
-
-def test_a_stream_gives_the_packed_blocks_pass_after_pass() -> None:
-    documents = [list(range(start, start + length)) for start, length in ((0, 5), (5, 1), (6, 30), (36, 5))]
-    sequence = [np.array(document) for document in documents * 3]
-    packed = PackedBlocks(sequence, 4)
-    stream = StreamedBlocks(lambda: iter(documents), 4, 30, buffer=1, seed=0)
-    assert [stream[index] for index in range(30)] == [packed[index] for index in range(30)]
-
-
-def test_a_stream_shuffles_within_its_buffer_and_repeats_for_a_seed() -> None:
-    def stream(buffer: int, seed: int) -> StreamedBlocks:
-        return StreamedBlocks(lambda: [list(range(101))], 2, 40, buffer, seed)
-
-    plain, shuffled = ([blocks[index] for index in range(40)] for blocks in (stream(1, 0), stream(5, 3)))
-    order = [block["tokens"][0] // 2 for block in plain]
-    drawn = [block["tokens"][0] // 2 for block in shuffled]
-    assert order == list(range(40))
-    assert drawn != order
-    assert len(set(drawn)) == 40
-    assert all(number <= place + 4 for place, number in enumerate(drawn)), "read further ahead than the buffer"
-    other, late = stream(5, 4), stream(5, 3)
-    assert [other[index] for index in range(40)] != shuffled
-    assert [late[index] for index in (17, 18, 39, 3)] == [shuffled[index] for index in (17, 18, 39, 3)]
-
-
-def test_an_empty_stream_is_no_endless_loop() -> None:
-    with pytest.raises(ValueError, match="no document with any text"):
-        StreamedBlocks(list, 2, 4, 1, 0)[0]
+    return language_settings(tmp_path)
 
 
 def by_hand(folder: Path, documents: list[str], block_size: int) -> tuple[float, int]:
@@ -198,19 +96,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert record.resumed_at == [2 if streaming else 3]
     assert record.steps == 6
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-def stream_of(folder: Path) -> dict[str, Any]:
-    """Settings of a stream of lines and of a tokenizer that was saved."""
-    args = LanguageModelArguments(
-        model_config=GPT2,
-        tokenizer_name="characters",
-        train_file=str(folder / "train.txt"),
-        validation_split_percentage=1,
-        cache_dir=str(folder / "cache"),
-    )
-    character_tokenizer(load_documents(args)[0]).save_pretrained(folder / "tokenizer")
-    return {"streaming": True, "tokenizer_name": str(folder / "tokenizer"), "sample_by": "line", "shuffle_buffer": 3}
 
 
 def test_a_stream_of_other_texts_is_refused_on_resuming(
@@ -374,28 +259,3 @@ def test_an_unreadable_file_is_refused(language: dict[str, Any], tmp_path: Path)
     (tmp_path / "train.txt").chmod(0)
     with pytest.raises(UsageError, match=r"train.txt' cannot be read: Permission denied"):
         start(language)
-
-
-@pytest.mark.xfail(
-    raises=subprocess.TimeoutExpired,
-    strict=False,
-    reason="once in about fifteen runs the two processes had evaluated, and then did not end; why is not known",
-)
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(language: dict[str, Any], tmp_path: Path) -> None:
-    """Without noise and dropout; 24 blocks in batches of 8, the last of them short, and four to evaluate on."""
-    (tmp_path / "train.txt").write_text(TEXT[:-3])
-    still = {f"{name}_pdrop": 0.0 for name in ("attn", "embd", "resid")}
-    language |= {"model_config": GPT2 | still, "noise": "none", "max_grad_norm": 0.0, "block_size": 11}
-    one = start(language, per_device_train_batch_size=8, output_dir=str(tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [language_model.__file__, f"--config={tmp_path / 'two.yaml'}"]
-    settings = LanguageModelArguments(**language).to_dict()
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
-    subprocess.run(command, check=True, timeout=120)
-    two = results(tmp_path / "run")
-    assert two["num_processes"] == 2
-    assert [entry["loss"] for entry in two["series"]["train"]] == pytest.approx(
-        [x["loss"] for x in one.train], abs=1e-6
-    )
-    assert two["final"]["noise_off"] == pytest.approx(one.final["noise_off"], rel=1e-5)

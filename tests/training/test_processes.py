@@ -16,11 +16,11 @@ from interrupted import outcome, start
 from safetensors.torch import load_file
 from tiny import sentences, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from two_processes import SIZES, quiet_run, rows_evaluated
+from two_processes import ENDS, SIZES, quiet_run, rows_evaluated
 
 import gumbel_attention as ga
-from harness.attention import NOISE_OFF
 from harness.checkpoints import find_checkpoints
+from harness.evaluation import NOISE_OFF
 
 TOLERANCE = 1e-6
 pytestmark = pytest.mark.slow
@@ -172,6 +172,14 @@ def test_two_processes_repeat_a_run_and_go_on_with_it_to_the_bit(base: Path, bot
     assert outcome(base / "again") == expected
     assert json.loads((base / "resumed" / "results.json").read_text())["resumed_at_steps"] == [4]
     assert outcome(base / "resumed") == expected
+
+
+def test_the_model_goes_before_the_group_of_processes_is_closed(both: list[dict[str, Any]]) -> None:
+    """In the other order the two may wait for each other for ever."""
+    for process in both:
+        assert len(process["copies at the end"]) > 10
+        assert not any(process["copies at the end"])
+        assert process["ends"] == ENDS
 
 
 @pytest.mark.parametrize("learn_tau", ["scalar", "head"])

@@ -7,9 +7,11 @@ FOLDER/settings.json holds the settings of a run; every process writes FOLDER/pr
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from interrupted import start
 from sharded import train_sharded, train_sharded_and_save, train_sharded_by_hand
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import finetune
+from harness.processes import end_together
 from tasks.classification import evaluate
 
 QUIET: dict[str, Any] = {"hard": True, "noise": "none", "learn_tau": "head", "max_grad_norm": 0.0}
@@ -35,6 +39,7 @@ UNEVEN: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulati
 """24 examples: two processes take six batches each in an epoch."""
 SIZES = [(872, 64), (11, 4), (8, 4), (9, 4), (7, 4), (5, 4), (4, 4), (3, 4), (1, 4), (871, 32)]
 """(rows, batch size per process) of evaluations; SST-2 has 872."""
+ENDS = 50
 
 
 @contextmanager
@@ -89,6 +94,11 @@ def seen_noise(wrong_seed: bool = False) -> Iterator[dict[str, list[torch.Tensor
         yield seen
 
 
+def count_copies() -> int:
+    """The models in memory that DistributedDataParallel has wrapped."""
+    return sum(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+
+
 def quiet_run(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A run without noise; its series and gradients."""
     with seen_gradients() as gradients:
@@ -115,7 +125,7 @@ def rows_evaluated(rows: int, batch_size: int) -> dict[str, Any]:
 
     def gathering(values: Any) -> Any:
         gathered = gather(values)
-        seen.extend(gathered[2].tolist())
+        seen.extend(gathered[:, 3].int().tolist())
         return gathered
 
     with mock.patch.object(accelerator, "gather_for_metrics", gathering):
@@ -158,14 +168,56 @@ def work(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+class BareAccelerator:
+    """What end_together needs of an Accelerator, with no call in between that gives gloo's threads time."""
+
+    num_processes = 2
+    wait_for_everyone = staticmethod(torch.distributed.barrier)
+    end_training = staticmethod(torch.distributed.destroy_process_group)
+
+    def __init__(self) -> None:
+        self.model: Any = DistributedDataParallel(torch.nn.Linear(2, 2))
+
+    def free_memory(self) -> None:
+        self.model = None
+
+
+def end_often(folder: Path, rank: int) -> int:
+    """Ends the group of processes right after a collective call, again and again; returns how often.
+
+    The interpreter's lock is hardly ever given up, and gloo's threads still have that call's tensors to free: closed
+    before the model is freed, the group does not get past the tenth time.
+    """
+    faulthandler.dump_traceback_later(120, exit=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60.0)
+    for number in range(ENDS):
+        store = torch.distributed.FileStore(str(folder / f"store-{number}"), 2)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        accelerator: Any = BareAccelerator()
+        assert number > 0 or count_copies() == 1
+        torch.distributed.all_gather([torch.empty(3), torch.empty(3)], torch.ones(3))
+        end_together(accelerator)
+    sys.setswitchinterval(interval)
+    faulthandler.cancel_dump_traceback_later()
+    return ENDS
+
+
 def main(folder: Path) -> None:
     settings = json.loads((folder / "settings.json").read_text())
+    copies_at_the_end: list[int] = []
+
+    def keep(self: Any) -> None:
+        """In place of ending, for the processes have more runs to make together."""
+        copies_at_the_end.append(count_copies())
+        AcceleratorState._reset_state(reset_partial_state=True)
+
     rank = Accelerator().process_index
-    keep: Callable[..., None] = lambda self: AcceleratorState._reset_state(reset_partial_state=True)  # noqa: E731
-    with mock.patch.object(Accelerator, "end_training", keep):  # the processes have more runs to make together
+    with mock.patch.object(Accelerator, "end_training", keep):
         results = work(folder, settings)
-    torch.save(results, folder / f"process_{rank}.pt")
     torch.distributed.destroy_process_group()
+    results |= {"copies at the end": copies_at_the_end, "ends": end_often(folder, rank)}
+    torch.save(results, folder / f"process_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the training scripts share: settings, loop, results, ablations."""
+"""What the training scripts share: settings, loop, results."""

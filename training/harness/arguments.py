@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from harness.errors import UsageError
+from harness.evaluation import evaluation_modes
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def setting(default: Any, text: str) -> Any:
@@ -38,13 +41,22 @@ class RunArguments:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 switches clipping off")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "null: what accelerate launch says")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    torch_compile: bool = setting(False, "compile the model; so does accelerate launch --dynamo_backend")
+    torch_compile_backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] | None = setting(
+        None, "of torch_compile; null is inductor"
+    )
     seed: int = setting(0, "initialisation, data order, dropout and noise")
 
     logging_steps: int = setting(10, "optimiser steps between two entries of the training series")
+    report_to: str = setting(
+        "none", "trackers that get the series too: tensorboard, wandb, trackio, some of them with commas, all, or none"
+    )
+    project_name: str = setting("gumbel_attention", "the trackers' project; a run has the name of its output_dir")
     eval_steps: int | None = setting(None, "optimiser steps between two evaluations; null: after every epoch")
     output_dir: str = setting("runs/finetune", "where config.yaml, checkpoints and results.json go")
     overwrite_output_dir: bool = setting(False, "remove the run that output_dir holds")
-    save_model: bool = setting(False, "save model and tokenizer in output_dir/model")
+    dry_run: bool = setting(False, "print settings, layers, sizes, steps and memory of the run, and end before it")
+    save_model: bool = setting(False, "save model, tokenizer and model card in output_dir/model")
     checkpointing_steps: int | str | None = setting(
         None, "optimiser steps between two checkpoints, or 'epoch'; null: only when a signal stops the run"
     )
@@ -66,15 +78,26 @@ class RunArguments:
     hard: bool = setting(False, "pick one key (straight-through) in place of the average")
     noise: str = setting("gumbel", "family of the noise in training: gumbel, normal, logistic or none")
     noise_scale: float = setting(1.0, "multiplies the noise")
+    noise_scale_end: float | None = setting(
+        None, "noise_scale at the last step, reached in equal steps; null is noise_scale"
+    )
     estimator: str | None = setting(None, "gradient estimator of a hard choice")
     samples: int | None = setting(None, "K of estimator gumbel_rao; null is 10")
     baseline: Literal["none", "soft"] = setting(
         "none", "of estimator score_function: what the loss is compared with; soft is the loss of soft attention"
     )
     top_k: int | None = setting(None, "attend to this many keys, chosen without replacement; null is one")
-    eval_noise: bool = setting(False, "stored in the saved model; the script always evaluates with and without")
+    eval_noise: bool = setting(False, "stored in the saved model; the script evaluates as eval_modes says")
+    eval_modes: tuple[str, ...] | None = setting(
+        None,
+        "ways to evaluate: noise_off, noise_on, mean_K (mean probabilities of K noisy samples), hard, soft (both "
+        "without noise); null is noise_off and noise_on",
+    )
     eval_hard: bool | None = setting(None, "hard choice in evaluation; null is as in training")
     learn_tau: Literal["scalar", "head"] | None = setting(None, "learn the temperature per layer or per head")
+    attention_metrics: Literal["none", "mean", "layers"] = setting(
+        "none", "entropy, flip rate and zero-gradient share in the training series: means over layers, or each layer"
+    )
     layers: tuple[int | str, ...] | None = setting(None, "attention layers to patch; null is all")
     heads: tuple[int, ...] | None = setting(None, "heads to patch; null is all")
     impl: str = setting("auto", "implementation of the attention")
@@ -88,11 +111,16 @@ class RunArguments:
         check_setting(
             self, "checkpointing_steps", "> 0 or 'epoch'", lambda value: value == "epoch" or _is_positive_int(value)
         )
+        check_setting(self, "report_to", f"none, all, or some of {', '.join(TRACKERS)} with commas", _names_trackers)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.num_warmup_steps and self.warmup_ratio:
             raise UsageError("num_warmup_steps and warmup_ratio exclude each other: give one of them.")
+        if self.torch_compile_backend is not None and not self.torch_compile:
+            raise UsageError(
+                f"torch_compile_backend={self.torch_compile_backend} needs torch_compile: true, which is off."
+            )
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise UsageError(
                 "overwrite_output_dir and resume_from_checkpoint exclude each other: the one removes the run, "
@@ -114,6 +142,9 @@ class RunArguments:
             raise UsageError(
                 f"tau_rate and tau_every belong to tau_schedule=clipped_exponential, got {self.tau_schedule}."
             )
+        if self.noise_scale_end is not None and (self.noise == "none" or self.noise_scale == 0.0):
+            raise UsageError(f"noise_scale_end={self.noise_scale_end} needs noise, and noise_scale above 0.")
+        evaluation_modes(self.eval_modes)  # raises for those that do not exist
         if self.learn_tau is not None and self.tau_schedule != "constant":
             raise UsageError("learn_tau and a tau_schedule exclude each other: tau is learned or scheduled.")
 
@@ -139,10 +170,17 @@ class FinetuneArguments(RunArguments):
     max_length: int = setting(128, "longer texts are cut to this many tokens")
     max_train_samples: int | None = setting(None, "train on a subset of this size; null is everything")
     max_eval_samples: int | None = setting(None, "evaluate on a subset of this size; null is everything")
+    holdout_percentage: int | None = setting(
+        None, "evaluate on this share of the training data, not trained on then, in place of the validation data"
+    )
     data_seed: int = setting(0, "chooses the subsets; does not depend on seed, so that runs share them")
+    fixed_noise: bool = setting(
+        False, "a training example meets the same noise, and dropout of its attention weights, in every epoch"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_setting(self, "holdout_percentage", "from 1 to 99", lambda value: 0 < value < 100)
         for name in ("max_length", "max_train_samples", "max_eval_samples"):
             check_setting(self, name, "> 0", lambda value: value > 0)
         check_setting(self, "data_seed", ">= 0", lambda value: value >= 0)
@@ -153,6 +191,10 @@ class FinetuneArguments(RunArguments):
             raise UsageError("dataset_name excludes train_file and validation_file: give a hub data set or files.")
         if self.dataset_name is None and not (self.train_file and self.validation_file):
             raise UsageError("no data: give dataset_name, or both train_file and validation_file.")
+        if self.fixed_noise and (self.attention == "unpatched" or self.noise == "none"):
+            raise UsageError("fixed_noise needs attention: gumbel, and noise.")
+        if self.fixed_noise and self.gradient_checkpointing:
+            raise UsageError("fixed_noise and gradient_checkpointing exclude each other: recomputation has no seeds.")
 
 
 _POSITIVE = (
@@ -170,7 +212,11 @@ _POSITIVE = (
     "tau_rate",
     "tau_every",
 )
-_NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "noise_scale")
+_NOT_NEGATIVE = ("weight_decay", "num_warmup_steps", "max_grad_norm", "seed", "noise_scale", "noise_scale_end")
+
+
+def _names_trackers(report_to: str) -> bool:
+    return report_to in ("none", "all") or {name.strip() for name in report_to.split(",")} <= set(TRACKERS)
 
 
 def _is_positive_int(value: Any) -> bool:

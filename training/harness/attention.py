@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -12,10 +12,8 @@ import torch
 import gumbel_attention as ga
 from harness.arguments import RunArguments
 from harness.errors import UsageError
+from harness.evaluation import NOISE_OFF, EvaluationMode, evaluation_modes
 from harness.library_layers import LibraryLayers, has_library_layers
-
-NOISE_OFF = "noise_off"
-NOISE_ON = "noise_on"
 
 
 def attention_config(args: RunArguments) -> ga.GumbelAttentionConfig | None:
@@ -52,7 +50,9 @@ class AttentionControl:
     Args:
         patch: the patch of the model; None for the model's own attention.
         schedule: optimiser step to temperature; None where it is learned.
-        noise_at_test: what :data:`NOISE_ON` switches on: the layers' own noise (True) or a family.
+        noise_at_test: what evaluation with noise switches on: the layers' own noise (True) or a family.
+        noise_scale: optimiser step to what multiplies the noise; None where it stays as it is.
+        modes: the ways to evaluate a patched model; None is with noise off and on.
     """
 
     def __init__(
@@ -60,8 +60,12 @@ class AttentionControl:
         patch: Any = None,
         schedule: Callable[[int], float] | None = None,
         noise_at_test: bool | str = True,
+        noise_scale: Callable[[int], float] | None = None,
+        modes: Sequence[str] | None = None,
     ) -> None:
         self.patch = patch
+        self._noise_scale = noise_scale
+        self._modes = modes
         self._schedule = schedule
         self._noise_at_test = noise_at_test
 
@@ -77,9 +81,11 @@ class AttentionControl:
         return torch.cat([tau.reshape(-1) for tau in self.patch.tau]).mean().item()
 
     def set_step(self, step: int) -> None:
-        """Sets the temperature of this optimiser step in every patched layer."""
+        """Sets the temperature and the noise scale of this optimiser step in every patched layer."""
         if self._schedule is not None:
             self.patch.set_tau(self._schedule(step))
+        if self._noise_scale is not None:
+            self.patch.set_noise_scale(self._noise_scale(step))
 
     def save(self, model: torch.nn.Module, folder: str | PathLike[str]) -> None:
         """Writes the settings and temperatures of the attention into ``folder``, a patch's for ``ga.load_patch``."""
@@ -92,16 +98,19 @@ class AttentionControl:
         """The learned temperatures."""
         return [] if self.patch is None else list(self.patch.learned_tau_parameters())
 
-    def evaluation_modes(self) -> list[str]:
-        """The ways to evaluate: without noise and, if the model is patched, with it."""
-        return [NOISE_OFF] if self.patch is None else [NOISE_OFF, NOISE_ON]
+    def evaluation_modes(self) -> list[EvaluationMode]:
+        """The ways to evaluate; a model that is not patched has one."""
+        return evaluation_modes([NOISE_OFF] if self.patch is None else self._modes)
 
-    def evaluating(self, mode: str) -> AbstractContextManager[Any]:
+    @contextmanager
+    def evaluating(self, mode: EvaluationMode) -> Iterator[None]:
         """Within this context the attention runs in ``mode``; the state before comes back after it."""
-        if self.patch is None:
-            return nullcontext()
-        switched: AbstractContextManager[Any] = self.patch.noise(mode == NOISE_ON and self._noise_at_test)
-        return switched
+        with ExitStack() as stack:
+            if self.patch is not None:
+                stack.enter_context(self.patch.noise(mode.noise and self._noise_at_test))
+                if mode.hard is not None:
+                    stack.enter_context(self.patch.hard(mode.hard))
+            yield
 
 
 def control_attention(
@@ -111,7 +120,7 @@ def control_attention(
 
     A model that has attention layers of the library is left as its task made it, and they are controlled.
 
-    An arm trained without noise is evaluated with Gumbel noise in :data:`NOISE_ON`.
+    An arm trained without noise is evaluated with Gumbel noise where a mode has noise.
 
     Raises:
         UsageError: the attention of this model cannot be patched as configured.
@@ -131,4 +140,15 @@ def control_attention(
             schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, **own)
         else:
             schedule = ga.temperature_schedule(args.tau_schedule, args.tau, tau_end, steps)
-    return AttentionControl(patch, schedule, "gumbel" if config.noise == "none" else True)
+    return AttentionControl(
+        patch,
+        schedule,
+        noise_at_test="gumbel" if config.noise == "none" else True,
+        noise_scale=None if args.noise_scale_end is None else _linear(args.noise_scale, args.noise_scale_end, steps),
+        modes=args.eval_modes,
+    )
+
+
+def _linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """From ``start`` at step 0 to ``end`` at the last of ``steps`` steps; may end at 0, unlike a temperature."""
+    return lambda step: start + (end - start) * min(1.0, step / max(1, steps - 1))

@@ -47,6 +47,11 @@ class LibraryLayers:
         for layer in self.layers.values():
             layer.set_tau(tau)
 
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Sets what multiplies the noise of every layer."""
+        for layer in self.layers.values():
+            layer.gumbel.set_noise_scale(noise_scale)
+
     @contextmanager
     def noise(self, on: bool | str) -> Iterator[None]:
         """Within this context the noise is on, off, or of a family by name; the switches before come back after it."""

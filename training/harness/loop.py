@@ -18,16 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType, skip_first_batches
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from harness.arguments import RunArguments
 from harness.attention import AttentionControl
+from harness.attention_measures import AttentionMeasures
 from harness.checkpoints import write_checkpoint
+from harness.evaluation import sampling
 from harness.nonfinite import ComputeLoss, FiniteGuard
 from harness.saved_run import Progress, RunIdentity, TrainingRecord, load_run, save_run
 from harness.stopping import Stopped, StopSignals
+from harness.throughput import count_tokens
+from harness.tracking import bar_text, evaluation_values, train_values
+
+_USUAL_WEIGHT = 1024.0
+"""A power of two, lest it round: keeps the gradients of weighted losses in the range of half precision."""
 
 __all__ = ["TrainingLoop", "TrainingParts", "TrainingRecord"]
 
@@ -55,6 +63,8 @@ class TrainingParts:
         attention: sets the temperature and the noise of evaluation.
         evaluate: computes the task's metrics.
         compute_loss: computes the loss of a batch.
+        weight: of a batch's mean loss in that of an optimiser step, a 0-d tensor on its device, such as the number of
+            its tokens; None is the number of its examples.
     """
 
     model: torch.nn.Module
@@ -66,6 +76,7 @@ class TrainingParts:
     attention: AttentionControl
     evaluate: Evaluate
     compute_loss: ComputeLoss = loss_of_model
+    weight: Callable[[Any], torch.Tensor] | None = None
 
 
 def total_steps(args: RunArguments, batches: int) -> int:
@@ -138,8 +149,13 @@ class TrainingLoop:
         self.checkpoint_every = (
             self.steps_per_epoch if args.checkpointing_steps == "epoch" else args.checkpointing_steps
         )
+        self._weights: list[torch.Tensor] = []
+        self._weighs = parts.weight is not None and accelerator.distributed_type != DistributedType.DEEPSPEED
         self.progress = Progress(order=parts.order.get_state())
         self._started = 0.0
+        self._bar: tqdm[Any] = tqdm(disable=True)
+        measures = "none" if parts.attention.patch is None else args.attention_metrics
+        self._measures = AttentionMeasures(accelerator, parts.model, measures)
         self._guard = FiniteGuard(
             *(accelerator, parts.model, parts.optimizer, parts.compute_loss, args.max_grad_norm, self.folder),
             return_to=parts.attention.set_step,
@@ -167,13 +183,13 @@ class TrainingLoop:
         self._started = time.perf_counter() - self.record.train_seconds - self.record.eval_seconds
         self.parts.model.train()
         self.parts.attention.set_step(self.record.steps)
-        with tqdm(total=self.total_steps, initial=self.record.steps, disable=show, desc="train") as bar:
+        with tqdm(total=self.total_steps, initial=self.record.steps, disable=show, desc="train") as self._bar:
             while self.record.steps < self.total_steps:
-                self._train_epoch(bar)
+                self._train_epoch()
         self._read_clock()
         return self.record
 
-    def _train_epoch(self, bar: tqdm[Any]) -> None:
+    def _train_epoch(self) -> None:
         """Trains to the end of the present epoch, or of the run."""
         state = self.accelerator.gradient_state
         for batch in self._rest_of_epoch():
@@ -184,7 +200,7 @@ class TrainingLoop:
             if state.end_of_dataloader:  # its generator has drawn all that it draws in this epoch
                 self.progress.epoch, self.progress.batches = self.progress.epoch + 1, 0
                 self.progress.order = self.parts.order.get_state()
-            bar.update()
+            self._bar.update()
             self._finish_step()
             if self.record.steps == self.total_steps:
                 return
@@ -207,17 +223,44 @@ class TrainingLoop:
     def _train_batch(self, batch: Any) -> None:
         parts = self.parts
         batch, count, share = self._own_part(batch)
+        weight = None
+        if self._weighs and parts.weight is not None:
+            weight = parts.weight(batch).float() * (count > 0)
+            self._weights.append(weight)
+            share = weight / _USUAL_WEIGHT
         self._guard.before_forward(self.record.steps + 1, batch)
         with self.accelerator.accumulate(parts.model):
-            loss = parts.compute_loss(parts.model, batch)
+            due = self.accelerator.sync_gradients and self._logs_at(self.record.steps + 1)
+            with self._measures.measuring(due, share):
+                loss = parts.compute_loss(parts.model, batch)
             self._guard.after_forward(loss)
-            self.accelerator.backward(loss if share == 1.0 else loss * share)
+            self.accelerator.backward(loss if not self._weighs and share == 1.0 else loss * share)
             if self.accelerator.sync_gradients:
+                self._divide_by_weights()
                 self._guard.clip()
             parts.optimizer.step()
             parts.optimizer.zero_grad()
         mean = loss.detach().float()
-        self.progress.losses.append(torch.stack((mean * count, torch.full_like(mean, count))))
+        examples = torch.full_like(mean, count)
+        weight = examples if weight is None else weight
+        self.progress.losses.append(torch.stack((mean * weight, weight, examples)))
+        tokens = count_tokens(batch)
+        if tokens is not None:
+            self.progress.tokens.append(tokens * (count > 0))
+
+    def _divide_by_weights(self) -> None:
+        """Makes the gradients of a step those of the weighted mean of its batches' losses, without waiting for them.
+
+        How much all batches of all processes weigh is known after the last of them only. It stays on the device.
+        """
+        if not self._weighs:
+            return
+        total = self.accelerator.reduce(torch.stack(self._weights).sum())
+        self._weights.clear()
+        summands = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        found = [parameter.grad for parameter in self.parts.model.parameters() if parameter.grad is not None]
+        gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+        torch._foreach_mul_(gradients, _USUAL_WEIGHT * summands / total)
 
     def _own_part(self, batch: Any) -> tuple[Any, int, float]:
         """A batch without the rows that fill it up, how many are left, and what multiplies its mean loss.
@@ -241,12 +284,11 @@ class TrainingLoop:
     def _finish_step(self) -> None:
         """Counts an optimiser step; logs, sets the temperature of the next one, evaluates, saves and stops if due."""
         args, record, scheduler = self.args, self.record, self.parts.scheduler
-        last = record.steps + 1 == self.total_steps
         learning_rate = scheduler.get_last_lr()[0]
         record.steps += 1
         if not self.parts.optimizer.step_was_skipped:
             scheduler.step()
-        logs = last or record.steps % args.logging_steps == 0
+        last, logs = record.steps == self.total_steps, self._logs_at(record.steps)
         evaluates = last or record.steps % (args.eval_steps or self.steps_per_epoch) == 0
         saves = self.checkpoint_every is not None and record.steps % self.checkpoint_every == 0
         if logs or evaluates or self._guard.full:
@@ -263,6 +305,9 @@ class TrainingLoop:
         if stops:
             raise Stopped(self.signals.received or "a signal to another process", record.steps, checkpoint)
 
+    def _logs_at(self, step: int) -> bool:
+        return step == self.total_steps or step % self.args.logging_steps == 0
+
     def _asked_to_stop(self, logs: bool) -> bool:
         """Whether a signal arrived; several processes agree on that when they log, to wait for no other then."""
         received = self.signals.received is not None
@@ -274,15 +319,36 @@ class TrainingLoop:
         return bool(self.accelerator.reduce(flag).item())
 
     def _log(self, learning_rate: float) -> None:
-        """Adds the mean loss since the last entry, over all processes."""
-        total, count = self.accelerator.reduce(torch.stack(self.progress.losses).sum(0))
-        loss = (total / count).item()
+        """Adds the mean loss since the last entry, over all processes, to the series."""
+        total, weight, count = self.accelerator.reduce(torch.stack(self.progress.losses).sum(0))
+        loss = (total / weight).item()
+        tokens = None
+        if self.progress.tokens:
+            tokens = int(self.accelerator.reduce(torch.stack(self.progress.tokens).sum()).item())
         self.progress.losses.clear()
+        self.progress.tokens.clear()
         step = self.record.steps
         tau = self.parts.attention.tau(step - 1)
-        self.record.train.append(
-            {"step": step, "epoch": self._epoch(), "tau": tau, "loss": loss, "learning_rate": learning_rate}
-        )
+        entry = {"step": step, "epoch": self._epoch(), "tau": tau, "loss": loss, "learning_rate": learning_rate}
+        self.record.train.append(entry | self._measures.read())
+        self._tell(self._rates(count.item(), tokens))
+
+    def _tell(self, rates: dict[str, float]) -> None:
+        """Tells trackers and progress bar of the last entry."""
+        entry = self.record.train[-1]
+        self.accelerator.log(train_values(entry, rates), step=entry["step"])
+        self._bar.set_postfix_str(bar_text(entry, rates))
+
+    def _rates(self, examples: float, tokens: int | None) -> dict[str, float]:
+        """Counts the tokens; examples and, if the batches tell them, tokens per second since the last entry."""
+        now = self._train_seconds()
+        seconds, self.progress.logged_at = now - self.progress.logged_at, now
+        rates = {"examples_per_second": examples / seconds}
+        if tokens is None or self.record.tokens is None:
+            self.record.tokens = None
+        else:
+            self.record.tokens += tokens
+        return rates if tokens is None else rates | {"tokens_per_second": tokens / seconds}
 
     def _evaluate(self) -> None:
         """Evaluates in every mode; draws from a stream of its own, which repeats for a seed and a step."""
@@ -292,13 +358,14 @@ class TrainingLoop:
         for mode in parts.attention.evaluation_modes():
             rank = self.accelerator.process_index
             with isolated_rng(self.accelerator.device, self.args.seed, step, rank), parts.attention.evaluating(mode):
-                metrics = parts.evaluate(self.accelerator, parts.model, parts.eval_loader)
-            place = {"step": step, "epoch": self._epoch(), "tau": parts.attention.tau(step), "mode": mode}
+                metrics = parts.evaluate(self.accelerator, sampling(parts.model, mode), parts.eval_loader)
+            place = {"step": step, "epoch": self._epoch(), "tau": parts.attention.tau(step), "mode": mode.name}
             self.record.evaluation.append(place | metrics)
-            self.record.final[mode] = metrics
+            self.accelerator.log(evaluation_values(place | metrics), step=step)
+            self.record.final[mode.name] = metrics
             if self.accelerator.is_main_process:
                 numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                tqdm.write(f"step {step}/{self.total_steps}, {mode}: {numbers}")
+                tqdm.write(f"step {step}/{self.total_steps}, {mode.name}: {numbers}")
         self._synchronize()
         self.record.eval_seconds += time.perf_counter() - started
 
@@ -316,7 +383,10 @@ class TrainingLoop:
 
     def _read_clock(self) -> None:
         self._synchronize()
-        self.record.train_seconds = time.perf_counter() - self._started - self.record.eval_seconds
+        self.record.train_seconds = self._train_seconds()
+
+    def _train_seconds(self) -> float:
+        return time.perf_counter() - self._started - self.record.eval_seconds
 
     def _synchronize(self) -> None:
         """Waits for the GPU, so that a clock read after it counts finished work."""

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from harness.arguments import RunArguments
 from harness.errors import UsageError
 
 MINILM = "minilm"
@@ -41,7 +44,7 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name_or_path), cache_dir=cache_dir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"no tokenizer for model_name_or_path {name_or_path!r}: {error}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -64,6 +67,7 @@ def load_classifier(
             num_labels=len(label_names),
             id2label=dict(enumerate(label_names)),
             label2id={label: index for index, label in enumerate(label_names)},
+            problem_type="single_label_classification",  # else found out at the first call, and compiled anew for it
             cache_dir=cache_dir,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
@@ -73,6 +77,7 @@ def load_classifier(
         raise UsageError(f"model_name_or_path {name_or_path!r} cannot be loaded: {error}") from error
     check_checkpoint(model, info, name_or_path)
     model.config.pad_token_id = pad_token_id
+    model.config.use_cache = False  # else checkpointing warns of it at a place where compiled graphs break
     return model  # type: ignore[no-any-return]
 
 
@@ -88,6 +93,34 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"gradient_checkpointing: {error}") from error
+
+
+def make_accelerator(args: RunArguments, **options: Any) -> Accelerator:
+    """The accelerator of a run; what the settings leave open is what ``accelerate launch`` says.
+
+    With ``torch_compile`` it compiles the model. The noise is then that of the model which is not compiled, and no
+    temperature compiles it again; inductor draws other dropout masks.
+
+    Args:
+        args: the settings.
+        **options: further arguments of Accelerate's class.
+
+    Raises:
+        UsageError: fp16 on a CPU, which Accelerate passes over in silence.
+    """
+    compiled = TorchDynamoPlugin(backend=args.torch_compile_backend or "inductor") if args.torch_compile else None
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,
+        dynamo_plugin=compiled,
+        **options,
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError(
+            "mixed_precision fp16 needs a GPU; on a CPU it would be float32 all the same: choose bf16 or no."
+        )
+    return accelerator
 
 
 def check_checkpoint(model: Any, info: Mapping[str, Any], name_or_path: str) -> None:

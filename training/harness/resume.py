@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from harness.checkpoints import check, find_checkpoints, latest, remove_checkpoi
 from harness.errors import UsageError
 from harness.results import CONFIG_FILE, RESULTS_FILE, read_results
 from harness.saved_run import RunIdentity, read_identity
+from harness.tracking import TRACKER_FOLDER
 
 LATEST = "latest"
 FREE_SETTINGS = frozenset(
-    ("output_dir", "overwrite_output_dir", "save_model", "checkpointing_steps", "keep_last", "resume_from_checkpoint")
+    (
+        *("output_dir", "overwrite_output_dir", "save_model", "checkpointing_steps", "keep_last"),
+        *("resume_from_checkpoint", "report_to", "project_name", "attention_metrics", "dry_run"),
+    )
 )
 """Settings that change nothing in what a run computes."""
 _ALSO_FREE_ON_RESUME = frozenset(("cache_dir", "train_file", "validation_file"))  # the data themselves are compared
@@ -96,6 +101,7 @@ def _decide(args: RunArguments, processes: int, tell: Callable[[str], object]) -
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if args.overwrite_output_dir:
         remove_checkpoints(folder)
+        shutil.rmtree(folder / TRACKER_FOLDER, ignore_errors=True)
         for name in (RESULTS_FILE, CONFIG_FILE):
             (folder / name).unlink(missing_ok=True)
         return None

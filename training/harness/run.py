@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,15 +27,20 @@ import gumbel_attention as ga
 from harness.arguments import RunArguments
 from harness.attention import attention_config, control_attention
 from harness.checkpoints import CheckpointError
+from harness.dry_run import dry_run
 from harness.errors import UsageError
+from harness.evaluation import evaluation_modes
 from harness.library_layers import has_library_layers
 from harness.loop import TrainingLoop, TrainingParts, make_optimizer, make_scheduler, total_steps
-from harness.models import enable_checkpointing
+from harness.model_card import CardFacts, layer_names, write_model_card
+from harness.models import enable_checkpointing, make_accelerator
 from harness.nonfinite import NonFiniteError
+from harness.processes import end_together
 from harness.results import environment, peak_memory_bytes, write_config, write_results
 from harness.resume import check_data, finished_before, prepare_output
 from harness.saved_run import RunIdentity, TrainingRecord, use_plain_names
 from harness.stopping import STOPPED_STATUS, Stopped, StopSignals
+from harness.tracking import tracked, tracker_options, tracking_id
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,8 +48,17 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Task(Protocol):
     """What a script adds to a run; its methods are called in this order.
 
-    One whose ``compute_loss`` honours ``estimator: score_function`` has a true attribute ``samples_loss``.
+    One whose ``compute_loss`` is no mean over examples has a method ``weight``: batch -> what it is a mean over, such
+    as the number of tokens, as a 0-d tensor. One whose ``compute_loss`` honours ``estimator: score_function`` has a
+    true attribute ``samples_loss``.
+
+    Attributes:
+        card: what the model card says of its models.
+        averages_samples: whether its evaluation needs nothing but the logits of a forward pass.
     """
+
+    card: CardFacts
+    averages_samples: bool
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Loads and checks the data; returns what tells them from others (``saved_run.describe_data``)."""
@@ -88,7 +103,7 @@ def exit_with_status(script: str, action: Callable[[], object]) -> None:
 
 
 def run_task(args: RunArguments, task: Task) -> TrainingRecord:
-    """Trains, evaluates and writes the results.
+    """Trains, evaluates and writes the results; with ``dry_run`` it tells what it would do, and measures nothing.
 
     Raises:
         UsageError: a setting, the data or a checkpoint is not usable.
@@ -97,16 +112,38 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
         NonFiniteError: a loss or gradient is not finite.
     """
     started = datetime.now(UTC)
+    _check_output_dir(Path(args.output_dir))
     config = attention_config(args)
     if args.attention == "gumbel" and args.estimator == "score_function" and not getattr(task, "samples_loss", False):
         raise UsageError("estimator=score_function needs a loss for each example, which this task does not give.")
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,
-    )
+    if any(mode.samples > 1 for mode in evaluation_modes(args.eval_modes)) and not task.averages_samples:
+        raise UsageError(f"eval_modes {args.eval_modes}: this task decodes step by step and has no mean of samples.")
+    accelerator = make_accelerator(args, **tracker_options(args))
     use_plain_names(accelerator)
+    try:
+        record = _run(args, task, config, accelerator, started)
+    except Stopped as stop:  # all processes, together
+        stop.__traceback__ = None  # it holds the model
+        end_together(accelerator)
+        raise
+    end_together(accelerator)
+    return record
+
+
+def _run(
+    args: RunArguments,
+    task: Task,
+    config: ga.GumbelAttentionConfig | None,
+    accelerator: Accelerator,
+    started: datetime,
+) -> TrainingRecord:
+    """The run between its beginning and its end, which has to find no variable that holds the model."""
     tell = _teller(accelerator)
+    if args.dry_run:
+        _quieten_other_processes(accelerator)
+        with _reading_weights(args):
+            dry_run(args, task, accelerator, tell)
+        return TrainingRecord()
     before = finished_before(args)
     if before is not None:
         tell(f"the run in {args.output_dir} is finished: nothing to do")
@@ -115,14 +152,18 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
     _quieten_other_processes(accelerator)
 
     data = task.load_data(accelerator)
-    identity = RunIdentity(args.to_dict(), data, accelerator.num_processes, _computing_environment(accelerator))
+    known_as = tracking_id(args, checkpoint)
+    identity = RunIdentity(
+        args.to_dict(), data, accelerator.num_processes, _computing_environment(accelerator), known_as
+    )
     if checkpoint is not None:
         check_data(checkpoint, identity, tell)
     order = torch.Generator().manual_seed(args.seed)
     train_loader, eval_loader = accelerator.prepare(*task.make_loaders(order))
 
     set_seed(args.seed)  # every arm of a study starts from the same weights
-    model = task.make_model()
+    with _reading_weights(args):
+        model = task.make_model()
     steps = total_steps(args, len(train_loader))
     attention = control_attention(model, args, config, steps)
     if args.gradient_checkpointing:
@@ -134,26 +175,47 @@ def run_task(args: RunArguments, task: Task) -> TrainingRecord:
         )
     model, optimizer = accelerator.prepare(model, optimizer)
     scheduler = accelerator.prepare(make_scheduler(optimizer, args, steps))
-    set_seed(args.seed, device_specific=True)  # every process draws its own noise
 
     folder = Path(args.output_dir)
     parts = TrainingParts(
-        model, optimizer, scheduler, train_loader, eval_loader, order, attention, task.evaluate, task.compute_loss
+        *(model, optimizer, scheduler, train_loader, eval_loader, order, attention, task.evaluate, task.compute_loss),
+        weight=getattr(task, "weight", None),
     )
-    with StopSignals() as signals:
+    with StopSignals() as signals, tracked(accelerator, args, known_as, checkpoint):  # a tracker that starts may draw
+        set_seed(args.seed, device_specific=True)  # every process draws its own noise
         if accelerator.is_main_process:
             write_config(folder, args.to_dict())
         loop = TrainingLoop(accelerator, args, parts, identity, signals)
         if checkpoint is not None:
             loop.resume(checkpoint)
         record = loop.run()
+    results = _summary(args, record, accelerator, started) | task.facts()
     if args.save_model:
         _save_model(accelerator, args, task, model, folder / "model")
     if accelerator.is_main_process:
-        write_results(folder, _summary(args, record, accelerator, started) | task.facts())
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        if args.save_model:
+            layers = [] if attention.patch is None else layer_names(attention.patch)
+            write_model_card(folder / "model", task.card, args, results, layers)
+        write_results(folder, results)
     return record
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Raises UsageError unless there is such a folder that can be written to, or one in which it can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"output_dir {str(folder)!r}: {str(there)!r} is a file, expected a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {str(folder)!r} cannot be written: no permission in {str(there)!r}.")
+
+
+@contextmanager
+def _reading_weights(args: RunArguments) -> Iterator[None]:
+    """Within this context weights that are damaged are the user's mistake."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UsageError(f"model_name_or_path {args.model_name_or_path!r} cannot be loaded: {error}") from error
 
 
 def _save_model(accelerator: Accelerator, args: RunArguments, task: Task, model: Any, folder: Path) -> None:
@@ -189,6 +251,8 @@ def _summary(
         "train_seconds": record.train_seconds,
         "eval_seconds": record.eval_seconds,
         "steps_per_second": record.steps / record.train_seconds,
+        "tokens": record.tokens,
+        "tokens_per_second": None if record.tokens is None else record.tokens / record.train_seconds,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         **environment(accelerator.device, accelerator.num_processes),
     }
@@ -203,6 +267,7 @@ def _record_of(results: dict[str, Any]) -> TrainingRecord:
         train_seconds=results["train_seconds"],
         eval_seconds=results["eval_seconds"],
         resumed_at=results.get("resumed_at_steps", []),
+        tokens=results.get("tokens"),
     )
 
 

@@ -31,7 +31,8 @@ class TrainingRecord:
     ``train`` has one entry per ``logging_steps``: step, epoch, tau, loss, learning_rate. ``evaluation`` has
     one per evaluation and mode: step, epoch, tau, mode and the task's metrics. ``final`` are the metrics of
     the last evaluation by mode. ``resumed_at`` are the steps at which the run went on from a checkpoint; times are
-    those of the steps that count, without what was lost.
+    those of the steps that count, without what was lost. ``tokens`` are those of all processes up to the last entry of
+    ``train``; None where the batches do not tell them.
     """
 
     train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -41,6 +42,7 @@ class TrainingRecord:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     resumed_at: list[int] = dataclasses.field(default_factory=list)
+    tokens: int | None = 0
 
 
 @dataclasses.dataclass
@@ -53,6 +55,8 @@ class Progress:
         batches: batches of the present epoch that each process has taken.
         order: state of the generator of the data's order at the beginning of the epoch.
         losses: of the batches since the last entry of the training series, on the device.
+        tokens: of these batches, on the device.
+        logged_at: the seconds of training at that entry.
     """
 
     record: TrainingRecord = dataclasses.field(default_factory=TrainingRecord)
@@ -60,6 +64,8 @@ class Progress:
     batches: int = 0
     order: torch.Tensor | None = None
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    tokens: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    logged_at: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +77,14 @@ class RunIdentity:
         data: what the task says about its data.
         processes: their number.
         environment: device and versions; a difference is told, not refused.
+        tracking_id: the name under which trackers know the run; None if no tracker had it.
     """
 
     config: dict[str, Any]
     data: dict[str, Any]
     processes: int
     environment: dict[str, Any]
+    tracking_id: str | None = None
 
     @property
     def examples_per_batch(self) -> int:
@@ -124,8 +132,8 @@ def save_run(
     ``gumbel_attention.from_pretrained``.
     """
     accelerator.save_state(str(folder))
-    losses = torch.stack(progress.losses).cpu() if progress.losses else torch.empty(0)
-    torch.save({"losses": losses, "order": progress.order}, folder / _loop_file(accelerator.process_index))
+    pending = {name: _on_cpu(getattr(progress, name)) for name in ("losses", "tokens")}
+    torch.save(pending | {"order": progress.order}, folder / _loop_file(accelerator.process_index))
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     if accelerator.is_main_process or accelerator.distributed_type == DistributedType.FSDP:
         attention.save(bare, folder)  # learned temperatures may be sharded; the first process writes
@@ -135,6 +143,7 @@ def save_run(
         "version": _VERSION,
         "epoch": progress.epoch,
         "batches": progress.batches,
+        "logged_at": progress.logged_at,
         "record": dataclasses.asdict(progress.record),
         "identity": dataclasses.asdict(identity),
     }
@@ -153,6 +162,15 @@ def read_identity(checkpoint: Path) -> RunIdentity:
     return RunIdentity(**_read(checkpoint)["identity"])
 
 
+def read_steps(checkpoint: Path) -> int:
+    """How many optimiser steps a sound checkpoint's run had taken.
+
+    Raises:
+        UsageError: this version cannot read it.
+    """
+    return int(_read(checkpoint)["record"]["steps"])
+
+
 def load_run(checkpoint: Path, accelerator: Accelerator, identity: RunIdentity) -> Progress:
     """Restores all that :func:`save_run` wrote, the states of the random generators last.
 
@@ -166,7 +184,14 @@ def load_run(checkpoint: Path, accelerator: Accelerator, identity: RunIdentity) 
     saved = RunIdentity(**content["identity"])
     same = saved.processes == identity.processes
     loops = [torch.load(checkpoint / _loop_file(index), weights_only=True) for index in range(saved.processes)]
-    losses = loops[rank]["losses"] if same else torch.stack([loop["losses"] for loop in loops]).mean(0)
+    for loop in loops:
+        loop.setdefault("tokens", torch.empty(0))  # not counted when the checkpoint was written
+
+    def pending(name: str) -> list[torch.Tensor]:  # the first of another number of processes takes what all had
+        whole = torch.stack([loop[name] for loop in loops]).sum(0)
+        own = loops[rank][name] if same else whole * (rank == 0)
+        return list(own.to(accelerator.device))
+
     batches, rest = divmod(content["batches"] * saved.examples_per_batch, identity.examples_per_batch)
     if rest:
         raise UsageError(
@@ -175,15 +200,16 @@ def load_run(checkpoint: Path, accelerator: Accelerator, identity: RunIdentity) 
             "the number of processes."
         )
     accelerator.load_state(str(checkpoint))
-    record = TrainingRecord(**content["record"])
+    record = TrainingRecord(**({"tokens": None} | content["record"]))
     if same:
         _restore_random_states(checkpoint, accelerator)
     else:
         entropy = np.random.SeedSequence((identity.config["seed"], record.steps, rank))
         set_seed(int(entropy.generate_state(1)[0]))
-    progress = Progress(record, content["epoch"], batches, loops[0]["order"])
-    progress.losses = list(losses.to(accelerator.device))
-    return progress
+    logged_at = content.get("logged_at", record.train_seconds)
+    return Progress(
+        *(record, content["epoch"], batches, loops[0]["order"], pending("losses"), pending("tokens"), logged_at)
+    )
 
 
 def describe_data(name: str, rows: Any, sample: int = 1000) -> dict[str, Any]:
@@ -202,6 +228,10 @@ def _restore_random_states(checkpoint: Path, accelerator: Accelerator) -> None:
     device = accelerator.device
     if device.type == "cuda" and "torch_cuda_manual_seed" in states:
         torch.cuda.set_rng_state(states["torch_cuda_manual_seed"][device.index or 0], device)
+
+
+def _on_cpu(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(values).cpu() if values else torch.empty(0)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

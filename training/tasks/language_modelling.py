@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from torch.utils.data import DataLoader
 
 from harness.errors import UsageError
 from harness.saved_run import describe_data
 from tasks.language_arguments import LanguageModelArguments
-from tasks.packing import PADDING_LABEL, BlockCollator, PackedBlocks, StreamedBlocks
-from tasks.text_corpus import Documents
+from tasks.packing import PADDING_LABEL, BlockCollator, DealtBlocks, PackedBlocks, StreamedBlocks
+from tasks.text_corpus import Documents, share_of_stream
 
 _ENCODED = Features({"tokens": Sequence(Value("int32")), "characters": Value("int64")})
 _STREAMED_AT_ONCE = 64  # documents in one call of the tokenizer
@@ -28,27 +29,68 @@ _LARGEST_EXPONENT = 700.0  # of a perplexity that a float can hold
 
 @dataclasses.dataclass(frozen=True)
 class LanguageData:
-    """Blocks of both splits; ``characters`` are those of the validation texts, all of which are predicted."""
+    """Blocks of both splits.
+
+    Attributes:
+        train: those of a stream are this process's own, others are those of all processes.
+        validation: to evaluate on.
+        characters: of the validation texts, all of which are predicted.
+        train_characters: None for a stream.
+        name: of the training texts, for messages.
+        process: number of this process, from 0.
+        processes: how many there are.
+    """
 
     train: PackedBlocks | StreamedBlocks
     validation: PackedBlocks
     characters: int
     train_characters: int | None
+    name: str
+    process: int
+    processes: int
 
     def facts(self) -> dict[str, Any]:
         """The sizes of the data; of a stream only what is known."""
         known = {"validation_characters": self.characters, "validation_tokens": self.validation.tokens - 1}
         if isinstance(self.train, PackedBlocks):
             known |= {"train_characters": self.train_characters, "train_tokens": self.train.tokens - 1}
-        return known | {"train_blocks": len(self.train), "validation_blocks": len(self.validation)}
+        return known | {"train_blocks": self._train_blocks(), "validation_blocks": len(self.validation)}
 
     def identity(self) -> dict[str, Any]:
-        """What tells these data from others; of a stream its first blocks."""
-        train = self.train
-        if isinstance(train, StreamedBlocks):
-            train = [train[index] for index in range(min(len(train), 64))]
-        described = describe_data("train", train) | describe_data("validation", self.validation)
-        return described | {"train_rows": len(self.train), "validation_characters": self.characters}
+        """What tells these data from others; of a stream the first blocks of each process, and the processes.
+
+        All processes call this together.
+
+        Raises:
+            UsageError: a process has nothing to read of a stream.
+        """
+        described = describe_data("validation", self.validation)
+        if isinstance(self.train, StreamedBlocks):
+            described |= self._stream_identity(self.train)
+        else:
+            described |= describe_data("train", self.train)
+        return described | {"train_rows": self._train_blocks(), "validation_characters": self.characters}
+
+    def _train_blocks(self) -> int:
+        """Of all processes."""
+        return len(self.train) * (self.processes if isinstance(self.train, StreamedBlocks) else 1)
+
+    def _stream_identity(self, train: StreamedBlocks) -> dict[str, Any]:
+        own = None
+        if not train.empty():
+            own = describe_data("train", [train[index] for index in range(min(len(train), 64))])["train_sha256"]
+        found = gather_object([own])
+        if None not in found:
+            one = len(found) == 1
+            digest = found[0] if one else hashlib.sha256("".join(found).encode()).hexdigest()
+            return {"train_sha256": digest} | ({} if one else {"stream_shares": len(found)})
+        if not any(found):
+            raise UsageError(f"{self.name} is empty: expected at least one document with text.")
+        raise UsageError(
+            f"{self.name} has no document with text for process {found.index(None)} of {len(found)}: a stream is "
+            "divided among the processes by files, if there are as many or a multiple, else by documents. Use fewer "
+            "processes, or divide the text into more documents."
+        )
 
 
 def load_data(
@@ -67,7 +109,7 @@ def load_data(
         validation: documents to evaluate on.
         tokenizer: has a token that separates documents.
         block_size: inputs per block.
-        accelerator: a stream is as long as all its processes need.
+        accelerator: of a stream, each of its processes reads a share.
 
     Raises:
         UsageError: a split has no text, or the training text is shorter than a block.
@@ -78,10 +120,10 @@ def load_data(
         raise UsageError(f"{validation.name} is empty: expected at least one document with text.")
     _tell_unknown(evaluated, tokenizer, validation.name, accelerator)
     packed = PackedBlocks(pieces(evaluated), block_size)
+    of_all = accelerator.process_index, accelerator.num_processes
     if isinstance(train.rows, IterableDataset):
-        return LanguageData(
-            _stream(args, train, tokenizer, block_size, accelerator.num_processes), packed, characters, None
-        )
+        stream = _stream(args, train, tokenizer, block_size, accelerator)
+        return LanguageData(stream, packed, characters, None, train.name, *of_all)
     encoded = encode(train, tokenizer)
     train_characters = _characters(encoded)
     if not train_characters:
@@ -92,17 +134,20 @@ def load_data(
             f"{train.name} has {blocks.tokens - 1} tokens to predict, fewer than one block of {block_size}: "
             f"lower block_size to at most {blocks.tokens - 1}, or give more text."
         )
-    return LanguageData(blocks, packed, characters, train_characters)
+    return LanguageData(blocks, packed, characters, train_characters, train.name, *of_all)
 
 
 def make_loaders(
     data: LanguageData, args: LanguageModelArguments, block_size: int, padding_id: int, order: torch.Generator
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Batches of blocks; ``order`` shuffles those of training, a stream shuffles itself."""
-    collate = BlockCollator(block_size, padding_id)
+    collate, batch_size = BlockCollator(block_size, padding_id), args.per_device_train_batch_size
+    blocks: Any = data.train
+    if isinstance(blocks, StreamedBlocks):
+        blocks = DealtBlocks(blocks, batch_size, data.process, data.processes)
     train = DataLoader(
-        data.train,
-        batch_size=args.per_device_train_batch_size,
+        blocks,
+        batch_size=batch_size,
         shuffle=not args.streaming,
         generator=order,
         collate_fn=collate,
@@ -213,15 +258,17 @@ def _tell_unknown(encoded: Dataset, tokenizer: Any, name: str, accelerator: Acce
 
 
 def _stream(
-    args: LanguageModelArguments, train: Documents, tokenizer: Any, block_size: int, processes: int
+    args: LanguageModelArguments, train: Documents, tokenizer: Any, block_size: int, accelerator: Accelerator
 ) -> StreamedBlocks:
+    """The blocks of this process; it begins its share of the documents anew whenever it has read all of it."""
     separator = separator_of(tokenizer)
-    length = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps * args.max_train_steps
+    length = args.per_device_train_batch_size * args.gradient_accumulation_steps * int(args.max_train_steps or 0)
+    if accelerator.num_processes > 1:  # of the first so many documents, a share of the files is not a part
+        whole_files = args.max_train_samples is None
+        train = share_of_stream(train, accelerator.process_index, accelerator.num_processes, whole_files)
 
     def documents() -> Iterator[list[int]]:
         for batch in train.rows.iter(batch_size=_STREAMED_AT_ONCE):
             yield from _encode_batch(batch, train, tokenizer, separator)["tokens"]
 
-    if next(documents(), None) is None:
-        raise UsageError(f"{train.name} is empty: expected at least one document with text.")
     return StreamedBlocks(documents, block_size, length, args.shuffle_buffer, args.seed)

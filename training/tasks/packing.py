@@ -88,6 +88,10 @@ class StreamedBlocks(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return self._length
 
+    def empty(self) -> bool:
+        """Whether no document has any token, so that there is no block."""
+        return not any(len(document) for document in self._documents())
+
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """L + 1 tokens under ``tokens``."""
         if not 0 <= index < self._length:
@@ -125,6 +129,38 @@ class StreamedBlocks(Dataset[dict[str, list[int]]]):
                 raise ValueError("the stream holds no document with any text")
 
 
+class DealtBlocks(Dataset[dict[str, list[int]]]):
+    """One process's own blocks, under the numbers that Accelerate's sampler deals to it.
+
+    The sampler deals the batches out in turn: of P processes, process p gets the batches p, p + P, p + 2P and so on.
+
+    Args:
+        blocks: of this process.
+        batch_size: of this process.
+        process: its number, from 0.
+        processes: how many there are; each has as many blocks.
+    """
+
+    def __init__(self, blocks: Any, batch_size: int, process: int, processes: int) -> None:
+        self._blocks = blocks
+        self._batch_size = batch_size
+        self._process = process
+        self._processes = processes
+
+    def __len__(self) -> int:
+        """Blocks of all processes together."""
+        return len(self._blocks) * self._processes
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """The block; IndexError for one that was dealt to another process."""
+        batch, place = divmod(index, self._batch_size)
+        own, process = divmod(batch, self._processes)
+        if process != self._process:
+            raise IndexError(f"block {index} is for process {process}, this is process {self._process}")
+        block: dict[str, list[int]] = self._blocks[own * self._batch_size + place]
+        return block
+
+
 class BlockCollator:
     """Blocks as a batch: ``input_ids`` and ``labels``, both (B, L), where a label is the token after its input.
 
@@ -140,9 +176,9 @@ class BlockCollator:
     def __call__(self, blocks: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Makes a batch."""
         shape = (len(blocks), self._block_size)
-        inputs, labels = torch.full(shape, self._padding_id), torch.full(shape, PADDING_LABEL)
+        inputs, labels = np.full(shape, self._padding_id), np.full(shape, PADDING_LABEL)
         for row, block in enumerate(blocks):
-            tokens = torch.tensor(block["tokens"])
+            tokens = block["tokens"]  # a list: torch.tensor of each would take most of a small model's data loading
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, : len(tokens) - 1] = tokens[1:]
-        return {"input_ids": inputs, "labels": labels}
+        return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from harness.arguments import RunArguments, check_setting, setting
 from harness.attention import attention_config
 from harness.errors import UsageError
 from tasks.babi import Story, StoryBatch, Vocabulary, WorldSettings, encode_stories, generate_stories, read_babi
+from tasks.story_memory import MemoryNetwork
 from tasks.story_model import StoryModel
 
 MODEL_FILE = "story_model.json"
@@ -40,17 +41,24 @@ class StoryArguments(RunArguments):
     validation_stories: int = setting(500, "how many to generate to evaluate on")
     facts: int = setting(6, "facts of a generated story")
     distractors: int = setting(2, "sentences of a generated story that change nothing")
+    architecture: Literal["transformer", "memory_network"] = setting(
+        "transformer", "encodes sentences by a transformer layer, or is an end-to-end memory network"
+    )
     width: int = setting(32, "of the hidden states")
     hops: int | None = setting(None, "attention hops; null is the most supporting facts of a training question")
     max_facts: int = setting(64, "recencies told apart; older facts share the last one")
     max_words: int = setting(16, "longer sentences are cut to this many words")
+    soft_start: int = setting(
+        0, "of a memory network: this many training batches read with plain softmax, whatever the attention is"
+    )
     output_dir: str = setting("runs/story_qa", "where config.yaml, checkpoints and results.json go")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_train_samples", "width", "hops", "max_facts", "max_words", "validation_stories"):
             check_setting(self, name, "> 0", lambda value: value > 0)
-        check_setting(self, "data_seed", ">= 0", lambda value: value >= 0)
+        for name in ("data_seed", "soft_start"):
+            check_setting(self, name, ">= 0", lambda value: value >= 0)
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
@@ -58,6 +66,8 @@ class StoryArguments(RunArguments):
             raise UsageError("give both train_file and validation_file, or neither to generate stories.")
         if self.model_name_or_path != "scratch":
             raise UsageError(f"model_name_or_path must be 'scratch', got {self.model_name_or_path!r}.")
+        if self.soft_start and self.architecture != "memory_network":
+            raise UsageError(f"soft_start={self.soft_start} needs architecture: memory_network.")
         if self.gradient_checkpointing:
             raise UsageError("gradient_checkpointing: the story model does not support it, and is small.")
         if self.layers is not None:
@@ -146,16 +156,15 @@ def make_loaders(
     return train, evaluation
 
 
-def make_model(data: StoryData, args: StoryArguments) -> StoryModel:
+def make_model(data: StoryData, args: StoryArguments) -> StoryModel | MemoryNetwork:
     """The model with the run's attention, or with a plain softmax for ``attention: unpatched``.
 
     Raises:
         UsageError: the layer refuses a setting.
     """
     config = attention_config(args) or ga.GumbelAttentionConfig(noise="none")
-    sizes = {"hops": args.hops or data.supports, "max_facts": args.max_facts, "max_words": args.max_words}
     try:
-        return StoryModel(data.vocabulary.size, len(data.vocabulary.answers), width=args.width, config=config, **sizes)
+        return _build(args.architecture, data.vocabulary, config, _sizes(args, args.hops or data.supports))
     except (TypeError, ValueError) as error:
         raise UsageError(f"attention settings: {error}") from error
 
@@ -188,7 +197,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[
     return dict(zip(("loss", "accuracy", "supporting_fact_accuracy", "all_supports_found"), means, strict=True))
 
 
-def save_model(model: StoryModel, data: StoryData, args: StoryArguments, folder: Path) -> None:
+def save_model(model: StoryModel | MemoryNetwork, data: StoryData, args: StoryArguments, folder: Path) -> None:
     """Writes weights, sizes, vocabulary and attention; :func:`load_model` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / WEIGHTS_FILE)
@@ -196,28 +205,39 @@ def save_model(model: StoryModel, data: StoryData, args: StoryArguments, folder:
     content = {
         "words": list(data.vocabulary.words),
         "answers": data.vocabulary.answers,
-        "sizes": {
-            "width": args.width,
-            "hops": len(model.attention),
-            "max_facts": args.max_facts,
-            "max_words": args.max_words,
-        },
+        "architecture": args.architecture,
+        "sizes": _sizes(args, args.hops or data.supports),
         "attention": attention.config.to_dict(),
         "tau": attention.tau.item() if attention.log_tau is None else None,
     }
     (folder / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_model(folder: str | Path) -> tuple[StoryModel, Vocabulary]:
+def load_model(folder: str | Path) -> tuple[StoryModel | MemoryNetwork, Vocabulary]:
     """The model in eval() with the attention it was saved with, and its vocabulary."""
     content = json.loads((Path(folder) / MODEL_FILE).read_text(encoding="utf-8"))
     vocabulary = Vocabulary.of(content["words"], content["answers"])
     config = ga.GumbelAttentionConfig.from_dict(content["attention"])
-    model = StoryModel(vocabulary.size, len(vocabulary.answers), config=config, **content["sizes"])
+    model = _build(content["architecture"], vocabulary, config, content["sizes"])
     model.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
     if content["tau"] is not None:
         model.set_tau(content["tau"])
     return model.eval(), vocabulary
+
+
+def _sizes(args: StoryArguments, hops: int) -> dict[str, int]:
+    """Keyword arguments of the model beside its vocabulary and attention."""
+    sizes = {"width": args.width, "hops": hops, "max_facts": args.max_facts}
+    if args.architecture == "memory_network":
+        return sizes | {"soft_start": args.soft_start}
+    return sizes | {"max_words": args.max_words}
+
+
+def _build(
+    architecture: str, vocabulary: Vocabulary, config: ga.GumbelAttentionConfig, sizes: dict[str, int]
+) -> StoryModel | MemoryNetwork:
+    kind = MemoryNetwork if architecture == "memory_network" else StoryModel
+    return kind(vocabulary.size, len(vocabulary.answers), config=config, **sizes)
 
 
 def _read(path: str, argument: str) -> list[Story]:

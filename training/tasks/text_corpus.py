@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -71,6 +72,20 @@ def load_documents(args: LanguageModelArguments) -> tuple[Documents, Documents]:
         validation = Documents(rows, _column(args, args.validation_file), name)
         _check_column(validation)
     return _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
+
+
+def share_of_stream(documents: Documents, process: int, processes: int, whole_files: bool) -> Documents:
+    """The documents of a stream that one of several processes reads; each is read by one of them.
+
+    Args:
+        documents: the stream.
+        process: number of the process, from 0.
+        processes: how many there are.
+        whole_files: a process reads files of its own, where their number is a multiple of that of the processes;
+            else it reads through all of them and takes every ``processes``-th document.
+    """
+    strategy: Literal["auto", "examples"] = "auto" if whole_files else "examples"
+    return dataclasses.replace(documents, rows=split_dataset_by_node(documents.rows, process, processes, strategy))
 
 
 def character_tokenizer(documents: Documents) -> PreTrainedTokenizerFast:
