@@ -12,10 +12,10 @@ import torch
 
 from harness import results as harness_results
 from harness.arguments import FinetuneArguments
-from harness.attention import NOISE_OFF, NOISE_ON
+from harness.evaluation import NOISE_OFF, NOISE_ON
 from harness.loop import isolated_rng, make_optimizer, steps_per_epoch, total_steps
-from harness.report import ArmSummary, estimate, plot, table
 from harness.results import environment, git_state, peak_memory_bytes, read_results, write_results
+from study.summary import ArmSummary, estimate, plot, table
 
 
 def test_estimate_against_hand_numbers() -> None:

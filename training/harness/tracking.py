@@ -24,7 +24,6 @@ from harness.errors import UsageError
 from harness.saved_run import read_identity, read_steps
 
 TRACKER_FOLDER = "tensorboard"
-_UNFINISHED = ".partial"  # an ablation's runs lie in such a folder until they are finished
 _NESTED = ("attention", "attention_layers")
 
 
@@ -125,7 +124,7 @@ def _given(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _start(accelerator: Accelerator, args: RunArguments, tracking_id: str, checkpoint: Path | None) -> None:
-    name = Path(args.output_dir).resolve().name.removesuffix(_UNFINISHED)
+    name = Path(args.output_dir).resolve().name
     known = checkpoint is not None and read_identity(checkpoint).tracking_id == tracking_id
     settings = {key: _plain(value) for key, value in args.to_dict().items()}
     options: dict[str, dict[str, Any]] = {

@@ -11,10 +11,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy import stats
 
-from harness.ablation import Study
-from harness.attention import NOISE_OFF, NOISE_ON
 from harness.errors import UsageError
+from harness.evaluation import NOISE_OFF, NOISE_ON
 from harness.results import write_atomically
+from study.plan import Study
+from study.rows import is_row, load_row
 
 TABLE_FILE = "table.md"
 SUMMARY_FILE = "summary.json"
@@ -80,7 +81,7 @@ def write_report(study: Study) -> list[ArmSummary]:
     return summaries
 
 
-def table(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> str:
+def table(summaries: Sequence[ArmSummary], metric: str = "accuracy") -> str:
     """The summaries as a Markdown table."""
     heads = ["arm", "seeds", *(f"{_words(metric)}, {text}" for text in _MODES.values()), "train time per run (s)"]
     rows = [_row(item) for item in summaries]
@@ -90,7 +91,7 @@ def table(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
-def plot(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> Figure:
+def plot(summaries: Sequence[ArmSummary], metric: str = "accuracy") -> Figure:
     """Means with 95% intervals and the single seeds as dots; filled is noise off, hollow is noise on."""
     figure = Figure(figsize=(1.6 + 1.4 * len(summaries), 4.0), layout="constrained")
     axes = figure.subplots()
@@ -127,7 +128,7 @@ def plot(summaries: Sequence[ArmSummary], metric: str = Study.metric) -> Figure:
 
 def _summarize_arm(study: Study, arm: str) -> ArmSummary:
     runs = [run for run in study.runs if run.arm == arm]
-    finished = {run.seed: results for run in runs if (results := run.results()) is not None}
+    finished = {run.seed: load_row(run.row).content for run in runs if is_row(run.row)}
     metric = {}
     for mode in _MODES:
         values = [_value(results, mode, study.metric) for results in finished.values() if mode in results["final"]]

@@ -1,0 +1,1 @@
+"""Studies: runs planned from one YAML file, their execution, and what their results say."""
