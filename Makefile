@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest test-faults benchmark check format clean
+.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest test-faults study-small local-minimum benchmark check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
@@ -14,7 +14,9 @@ help:
 	@echo "make test-models every text architecture of the installed transformers, built tiny, patched and compared"
 	@echo "make test-modalities  the same for vision, speech and multimodal architectures: which can be patched"
 	@echo "make test-lowest the patches on the lowest supported release of transformers"
-	@echo "make test-faults  20 training runs killed at random moments that go on: all must end with the same bits"
+	@echo "make test-faults  20 training runs killed at random moments that go on, four of two processes: the same bits"
+	@echo "make study-small  the small study from nothing, two runs at a time, compared with results/story; 15 minutes"
+	@echo "make local-minimum  the probe of early wrong choices, into results/local_minimum; 5 minutes"
 	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
@@ -62,6 +64,14 @@ FAULT_TRIALS ?= 20
 test-faults: $(STAMP)
 	FAULT_FRESH=1 FAULT_TRIALS=$(FAULT_TRIALS) $(RUN) -m pytest tests/training/test_faults.py
 
+study-small: $(STAMP)
+	rm -rf study_small_output
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) training/reproduce.py --config configs/ablation/story.yaml \
+		--against results/story --output_dir study_small_output --jobs 2
+
+local-minimum: $(STAMP)
+	OMP_NUM_THREADS=1 $(RUN) training/local_minimum.py --output_dir results/local_minimum
+
 benchmark: $(STAMP)
 	$(RUN) training/benchmark.py --preset $$($(RUN) -c "import torch; print('h100' if torch.cuda.is_available() else 'cpu')")
 
@@ -75,4 +85,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_output study_small_output
