@@ -37,7 +37,7 @@ from study.process import Starter, SupervisedProcess, launch_command, threads_pe
 from study.progress import Progress, duration
 from study.rows import is_row
 from study.search import chosen_so_far, evaluate_search, write_chosen
-from study.summary import TABLE_FILE, table, write_report
+from study.tables import TABLE_FILE, write_table
 
 
 class StopSignals:
@@ -143,7 +143,7 @@ def run_study(study: Study, select: Callable[[PlannedRun], bool], options: Optio
     runs = [run for run in study.runs if select(run) and run.arm not in unsettled]
     progress = Progress([*search_runs, *runs])
     failures |= run_all(runs, study.title, progress, options)
-    options.tell(f"\n{table(write_report(study), study.metric)}\nin {study.output_dir / TABLE_FILE}")
+    options.tell(f"\n{write_table(study)}\nin {study.output_dir / TABLE_FILE}")
     return failures
 
 

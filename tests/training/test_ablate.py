@@ -25,7 +25,7 @@ def test_a_study_leaves_rows_a_copy_and_a_table(tmp_path: Path, capsys: pytest.C
         ("plain", 1),
     ]
     found = set(os.listdir(tmp_path / "out"))
-    assert found >= {"study.yaml", "runs", "work", ".gitignore", "table.md", "summary.json", "accuracy.png"}
+    assert found >= {"study.yaml", "runs", "work", ".gitignore", "table.md"}
     assert "| soft | 2 | 0.5500 ± 0.6353 |" in (tmp_path / "out" / "table.md").read_text()
     out = capsys.readouterr().out
     assert "[0/4] soft seed 0: running" in out
@@ -50,7 +50,7 @@ def test_a_failed_arm_ends_in_a_status_that_is_not_zero(tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert error.count("failed: exit status 1") == 2
     assert "ValueError: the reason" in error
-    assert "| soft | 0 | - | - | - |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| soft | 0 | - | - |" in (tmp_path / "out" / "table.md").read_text()
     assert {row.arm for row in read_rows(tmp_path / "out")} == {"plain"}
 
 

@@ -12,43 +12,8 @@ import torch
 
 from harness import results as harness_results
 from harness.arguments import FinetuneArguments
-from harness.evaluation import NOISE_OFF, NOISE_ON
 from harness.loop import isolated_rng, make_optimizer, steps_per_epoch, total_steps
 from harness.results import environment, git_state, peak_memory_bytes, read_results, write_results
-from study.summary import ArmSummary, estimate, plot, table
-
-
-def test_estimate_against_hand_numbers() -> None:
-    # s^2 = (0.02^2 + 0 + 0.02^2) / 2, s = 0.02, t(2, 0.975) = 4.302653, half width = 4.302653 * 0.02 / sqrt(3)
-    found = estimate([0.80, 0.82, 0.84])
-    assert found.mean == pytest.approx(0.82)
-    assert found.half_width == pytest.approx(0.0496828, abs=1e-7)
-    assert str(found) == "0.8200 ± 0.0497"
-
-
-def test_estimate_of_two_and_of_one() -> None:
-    # s = sqrt(0.5) * 0.2, t(1, 0.975) = 12.706205, half width = 12.706205 * 0.1
-    assert estimate([0.4, 0.6]).half_width == pytest.approx(1.2706205, abs=1e-6)
-    alone = estimate([0.5])
-    assert (alone.mean, alone.half_width, str(alone)) == (0.5, None, "0.5000")
-    with pytest.raises(ValueError, match="at least one value"):
-        estimate([])
-
-
-def test_table_and_plot_of_partial_results() -> None:
-    summaries = [
-        ArmSummary("a", (0, 1), {NOISE_OFF: estimate([0.8, 0.9]), NOISE_ON: estimate([0.7, 0.7])}, 12.34),
-        ArmSummary("b", (0,), {NOISE_OFF: estimate([0.8])}, 10.0),
-        ArmSummary("c", (), {}, None),
-    ]
-    lines = table(summaries).splitlines()
-    assert lines[2] == "| a | 2 | 0.8500 ± 0.6353 | 0.7000 ± 0.0000 | 12.3 |"
-    assert lines[3] == "| b | 1 | 0.8000 | - | 10.0 |"
-    assert lines[4] == "| c | 0 | - | - | - |"
-    axes = plot(summaries).axes[0]
-    assert axes.get_ylabel() == "validation accuracy"
-    assert axes.get_xlabel()
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["a\n(n=2)", "b\n(n=1)", "c\n(n=0)"]
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_sentence_of_no_difference_found():
         "No difference found between gumbel and softmax in accuracy (noise_off): -0.003 ("
     )
     assert (
-        f"A difference of {verdict.smallest_visible:.2g} would have been found with 80% probability"
+        f"A difference of {verdict.smallest_visible:.2g} would have been found with 80 % probability"
         in verdict.sentence
     )
 

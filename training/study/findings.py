@@ -101,6 +101,12 @@ class Findings:
         return self.study.output_dir.resolve().name
 
     @property
+    def shown(self) -> str:
+        """The folder as given, but no absolute one: a report names no folder of a machine."""
+        folder = self.study.output_dir
+        return folder.name if folder.is_absolute() else folder.as_posix()
+
+    @property
     def rows(self) -> list[Row]:
         """All finished runs, arm by arm."""
         return [row for arm in self.arms for row in arm.rows]

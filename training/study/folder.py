@@ -10,13 +10,12 @@ from typing import Any
 import yaml
 
 from harness.errors import UsageError
-from study.plan import SEARCH_FOLDER, Study, study_of
+from study.plan import ADDED, SEARCH_FOLDER, Study, study_of
 from study.rows import ROWS_FOLDER, STUDY_FILE, write_durably
 from study.yaml_file import read_strict_yaml
 
 _DECIDING = ("script", "metric", "base", "arms", "seeds", "search")
 """What makes another study; title, questions and reference may change while one runs."""
-_ADDED = ("planned", "chosen")
 _GITIGNORE = "work/\n"
 
 
@@ -63,7 +62,7 @@ def read_study(folder: str | Path) -> Study:
     """
     path = Path(folder) / STUDY_FILE
     content = read_strict_yaml(path)
-    plain = {key: value for key, value in content.items() if key not in _ADDED}
+    plain = {key: value for key, value in content.items() if key not in ADDED}
     return study_of(plain, path, str(folder)).with_chosen(content.get("chosen", {}))
 
 

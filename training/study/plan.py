@@ -28,6 +28,8 @@ _STUDY_KEYS = (
     *("title", "script", "metric", "better", "output_dir", "seeds", "base", "arms", "reference", "search"),
     "questions",
 )
+ADDED = ("planned", "chosen")
+"""What study.yaml has beside the keys of a study's file; passed over, so that such a copy can be run too."""
 _SEARCH_KEYS = ("grid", "seeds", "settings", "mode")
 _NOT_IN_ID = (*OWN_KEYS[1:], "checkpointing_steps", "keep_last", "report_to", "project_name")
 
@@ -156,7 +158,8 @@ def load_study(path: str | Path, output_dir: str | None = None) -> Study:
         UsageError: a key that is unknown or there twice, settings that a run would refuse, arms that are equal, a
             question about what there is not, a search on the data of the study's own evaluation.
     """
-    return study_of(read_strict_yaml(path), path, output_dir)
+    content = {key: value for key, value in read_strict_yaml(path).items() if key not in ADDED}
+    return study_of(content, path, output_dir)
 
 
 def study_of(content: Mapping[str, Any], path: str | Path, output_dir: str | None = None) -> Study:

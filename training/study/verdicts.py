@@ -83,7 +83,7 @@ class Verdict:
         if self.smallest_visible is None:
             return "All seeds gave equal values, so what could have been seen is unknown."
         return (
-            f"A difference of {self.smallest_visible:.2g} would have been found with {POWER:.0%} probability, "
+            f"A difference of {self.smallest_visible:.2g} would have been found with {100 * POWER:.0f} % probability, "
             "if the differences vary as they did here."
         )
 
