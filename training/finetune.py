@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
+from harness.distillation import Distillation, check_states, load_teacher
 from harness.fixed_noise import noise_of_examples, split_index
 from harness.loop import TrainingRecord, loss_of_model
 from harness.model_card import CardFacts
@@ -76,7 +77,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         with accelerator.main_process_first():
             self.data = load_data(self.args, self.tokenizer, tell)
         described = describe_data("train", self.data.train) | describe_data("validation", self.data.validation)
-        return described | {"label_names": self.data.label_names}
+        described |= {"label_names": self.data.label_names}
+        self.distillation = self._load_teacher()
+        return described if self.distillation is None else described | self.distillation.describe()
 
     def make_loaders(self, order: torch.Generator) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Padded batches."""
@@ -85,16 +88,28 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
     def make_model(self) -> Any:
         """Pretrained encoder, fresh head."""
         args, names = self.args, self.data.label_names
-        return load_classifier(args.model_name_or_path, names, self.tokenizer.pad_token_id, args.cache_dir)
+        model = load_classifier(args.model_name_or_path, names, self.tokenizer.pad_token_id, args.cache_dir)
+        if self.distillation is not None and self.distillation.hidden > 0.0:
+            check_states(model, self.distillation.teacher)
+        return model
 
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Cross entropy; of the score function its own loss."""
+        """Cross entropy; of the score function its own loss, and with a teacher that of the distillation."""
         args = self.args
         inputs, index = split_index(batch)
         with noise_of_examples(model, index, args.seed):
             if args.attention == "gumbel" and args.estimator == "score_function":
                 return sampled_loss(losses, model, inputs, args.baseline)
+            if self.distillation is not None:
+                return self.distillation.loss(model, inputs)
             return loss_of_model(model, inputs)
+
+    def _load_teacher(self) -> Distillation | None:
+        args = self.args
+        if args.distill_from is None:
+            return None
+        teacher = load_teacher(args.distill_from, self.data.label_names, self.tokenizer, args.cache_dir)
+        return Distillation(teacher, args.distill_weight, args.distill_temperature, args.distill_hidden)
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
         """Mean loss, accuracy and macro F1."""

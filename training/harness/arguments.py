@@ -68,6 +68,11 @@ class RunArguments:
     attention: Literal["gumbel", "unpatched"] = setting(
         "gumbel", "'unpatched' trains the model's own attention and ignores the settings below"
     )
+    fixed_keys: Literal["none", "first", "own", "random"] = setting(
+        "none",
+        "of unpatched, a control: every query of every head attends to the first position, to its own, or to one that "
+        "was drawn once for layer, head and query",
+    )
     tau: float = setting(1.0, "temperature at the first step")
     tau_schedule: Literal["constant", "linear", "exponential", "cosine", "step", "clipped_exponential"] = setting(
         "constant", "course of the temperature from tau to tau_end, over all optimiser steps or at tau_rate"
@@ -76,6 +81,12 @@ class RunArguments:
     tau_rate: float | None = setting(None, "of clipped_exponential: max(tau_end, tau * exp(-tau_rate * step))")
     tau_every: int | None = setting(None, "of clipped_exponential: steps between two updates of tau; null is 1")
     hard: bool = setting(False, "pick one key (straight-through) in place of the average")
+    harden: Literal["none", "top_down", "bottom_up", "all"] = setting(
+        "none",
+        "with hard: layers train soft and become hard, one after another from the top or bottom, or all at once",
+    )
+    harden_start: float | None = setting(None, "share of all optimiser steps after which the first is hard; null is 0")
+    harden_end: float | None = setting(None, "share after which the last is hard; all at once at harden_start")
     noise: str = setting("gumbel", "family of the noise in training: gumbel, normal, logistic or none")
     noise_scale: float = setting(1.0, "multiplies the noise")
     noise_scale_end: float | None = setting(
@@ -108,6 +119,8 @@ class RunArguments:
         for name in _NOT_NEGATIVE:
             check_setting(self, name, ">= 0", lambda value: value >= 0)
         check_setting(self, "warmup_ratio", "in [0, 1)", lambda value: 0 <= value < 1)
+        for name in ("harden_start", "harden_end"):
+            check_setting(self, name, "in [0, 1]", lambda value: 0 <= value <= 1)
         check_setting(
             self, "checkpointing_steps", "> 0 or 'epoch'", lambda value: value == "epoch" or _is_positive_int(value)
         )
@@ -142,11 +155,35 @@ class RunArguments:
             raise UsageError(
                 f"tau_rate and tau_every belong to tau_schedule=clipped_exponential, got {self.tau_schedule}."
             )
+        self._check_hardening()
+        if self.fixed_keys != "none" and (self.attention != "unpatched" or self.save_model):
+            raise UsageError(
+                f"fixed_keys={self.fixed_keys} needs attention: unpatched and save_model: false; a saved model would "
+                "not have it."
+            )
         if self.noise_scale_end is not None and (self.noise == "none" or self.noise_scale == 0.0):
             raise UsageError(f"noise_scale_end={self.noise_scale_end} needs noise, and noise_scale above 0.")
         evaluation_modes(self.eval_modes)  # raises for those that do not exist
         if self.learn_tau is not None and self.tau_schedule != "constant":
             raise UsageError("learn_tau and a tau_schedule exclude each other: tau is learned or scheduled.")
+
+    def _check_hardening(self) -> None:
+        start, end = self.harden_start, self.harden_end
+        if self.harden == "none":
+            if start is not None or end is not None:
+                raise UsageError("harden_start and harden_end belong to a harden of top_down, bottom_up or all.")
+            return
+        if not self.hard or self.eval_hard is not None or self.attention == "unpatched":
+            raise UsageError(
+                f"harden={self.harden} says when layers become hard: it needs attention: gumbel, hard: true and no "
+                "eval_hard; eval_modes hard and soft evaluate either way."
+            )
+        if (self.harden == "all") != (end is None):
+            raise UsageError(
+                f"harden={self.harden}: harden_end is for top_down and bottom_up, which need it; got {end}."
+            )
+        if end is not None and end < (start or 0.0):
+            raise UsageError(f"harden_end={end} lies before harden_start={start or 0.0}.")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as values that YAML and JSON can hold."""
@@ -177,13 +214,24 @@ class FinetuneArguments(RunArguments):
     fixed_noise: bool = setting(
         False, "a training example meets the same noise, and dropout of its attention weights, in every epoch"
     )
+    distill_from: str | None = setting(
+        None, "a classifier fine-tuned for these labels to learn from too, such as another run's output_dir/model"
+    )
+    distill_weight: float = setting(0.5, "of its answers in the loss; the labels have the rest")
+    distill_temperature: float = setting(2.0, "divides the logits of both")
+    distill_hidden: float = setting(
+        0.0, "of the distance between the hidden states of both, relative to the teacher's"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_setting(self, "holdout_percentage", "from 1 to 99", lambda value: 0 < value < 100)
         for name in ("max_length", "max_train_samples", "max_eval_samples"):
             check_setting(self, name, "> 0", lambda value: value > 0)
-        check_setting(self, "data_seed", ">= 0", lambda value: value >= 0)
+        for name in ("data_seed", "distill_hidden"):
+            check_setting(self, name, ">= 0", lambda value: value >= 0)
+        check_setting(self, "distill_weight", "in [0, 1]", lambda value: 0 <= value <= 1)
+        check_setting(self, "distill_temperature", "> 0", lambda value: value > 0)
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
@@ -195,6 +243,12 @@ class FinetuneArguments(RunArguments):
             raise UsageError("fixed_noise needs attention: gumbel, and noise.")
         if self.fixed_noise and self.gradient_checkpointing:
             raise UsageError("fixed_noise and gradient_checkpointing exclude each other: recomputation has no seeds.")
+        if self.distill_from is not None and self.estimator == "score_function":
+            raise UsageError("distill_from and estimator=score_function exclude each other: its loss is another one.")
+        if self.distill_from is not None and self.distill_weight == self.distill_hidden == 0.0:
+            raise UsageError("distill_from needs a distill_weight or distill_hidden above 0.")
+        if self.distill_from is None and self.distill_hidden > 0.0:
+            raise UsageError(f"distill_hidden={self.distill_hidden} needs distill_from, a teacher.")
 
 
 _POSITIVE = (

@@ -13,6 +13,8 @@ import gumbel_attention as ga
 from harness.arguments import RunArguments
 from harness.errors import UsageError
 from harness.evaluation import NOISE_OFF, EvaluationMode, evaluation_modes
+from harness.fixed_keys import fix_keys
+from harness.hardening import Hardening
 from harness.library_layers import LibraryLayers, has_library_layers
 
 
@@ -53,6 +55,7 @@ class AttentionControl:
         noise_at_test: what evaluation with noise switches on: the layers' own noise (True) or a family.
         noise_scale: optimiser step to what multiplies the noise; None where it stays as it is.
         modes: the ways to evaluate a patched model; None is with noise off and on.
+        hardening: which layers are hard by step; None where that stays as it is.
     """
 
     def __init__(
@@ -62,10 +65,12 @@ class AttentionControl:
         noise_at_test: bool | str = True,
         noise_scale: Callable[[int], float] | None = None,
         modes: Sequence[str] | None = None,
+        hardening: Hardening | None = None,
     ) -> None:
         self.patch = patch
         self._noise_scale = noise_scale
         self._modes = modes
+        self._hardening = hardening
         self._schedule = schedule
         self._noise_at_test = noise_at_test
 
@@ -81,11 +86,13 @@ class AttentionControl:
         return torch.cat([tau.reshape(-1) for tau in self.patch.tau]).mean().item()
 
     def set_step(self, step: int) -> None:
-        """Sets the temperature and the noise scale of this optimiser step in every patched layer."""
+        """Sets the temperature, the noise scale and the hardness of this optimiser step in every patched layer."""
         if self._schedule is not None:
             self.patch.set_tau(self._schedule(step))
         if self._noise_scale is not None:
             self.patch.set_noise_scale(self._noise_scale(step))
+        if self._hardening is not None:
+            self._hardening.apply(self.patch, step)
 
     def save(self, model: torch.nn.Module, folder: str | PathLike[str]) -> None:
         """Writes the settings and temperatures of the attention into ``folder``, a patch's for ``ga.load_patch``."""
@@ -126,6 +133,8 @@ def control_attention(
         UsageError: the attention of this model cannot be patched as configured.
     """
     if config is None:
+        if args.fixed_keys != "none":
+            fix_keys(model, args.fixed_keys, args.seed)
         return AttentionControl()
     patch: Any
     try:
@@ -146,7 +155,17 @@ def control_attention(
         noise_at_test="gumbel" if config.noise == "none" else True,
         noise_scale=None if args.noise_scale_end is None else _linear(args.noise_scale, args.noise_scale_end, steps),
         modes=args.eval_modes,
+        hardening=_hardening(args, patch, steps),
     )
+
+
+def _hardening(args: RunArguments, patch: Any, steps: int) -> Hardening | None:
+    if args.harden == "none":
+        return None
+    if isinstance(patch, LibraryLayers):
+        raise UsageError("harden is for the layers of a patched model; this one has layers of the library.")
+    start, end = args.harden_start or 0.0, args.harden_end
+    return Hardening(args.harden, start, start if end is None else end, len(patch.layers), steps)
 
 
 def _linear(start: float, end: float, steps: int) -> Callable[[int], float]:

@@ -1,0 +1,106 @@
+"""Accuracy by the number of hard layers, what choices depend on, and the script that measures both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import run
+
+import gumbel_attention as ga
+import hard_heads
+from harness.fixed_keys import fix_keys
+from harness.hard_heads import choices_of, dependence, hardness_curves
+from models import build
+
+
+def test_curves_make_the_layers_hard_in_both_orders_and_leave_the_patch_alone() -> None:
+    model = build("bert")
+    patch = ga.patch_model(model, ga.GumbelAttentionConfig(hard=True))
+    states = [module.gumbel for module in model.modules() if hasattr(module, "gumbel")]
+
+    def which() -> Any:
+        assert {state.noise(training=True) for state in states} == {"none"}
+        return tuple(state.hard(training=False) for state in states)
+
+    curves = hardness_curves(patch, which)
+    assert curves == {
+        "top_down": [(False, False), (False, True), (True, True)],
+        "bottom_up": [(False, False), (True, False), (True, True)],
+    }
+    assert [state.hard_override for state in states] == [None, None]
+    assert [state.noise_override for state in states] == [None, None]
+
+
+def test_choices_count_tokens_without_padding() -> None:
+    model = build("bert").eval()
+    fix_keys(model, "own")
+    ids = torch.randint(5, 50, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
+    first, second = choices_of(model, [{"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(2)}])
+    assert first.shape == (2, 4, 4)
+    assert torch.equal(first, torch.arange(4).expand(2, 4, 4))
+    assert torch.equal(second, torch.arange(5).expand(2, 4, 5))
+
+
+def test_dependence_by_hand() -> None:
+    """One layer; head 0 looks at the first token, head 1 at its own but for one query in one of four sentences."""
+    own = torch.arange(3)
+    sentences = [torch.stack([torch.zeros(3, dtype=torch.int64), own])[None].clone() for _ in range(4)]
+    sentences[3][0, 1, 1] = 2
+    alone = torch.stack([torch.zeros(7, dtype=torch.int64), torch.arange(7)])[None]
+    found = dependence([*sentences, alone])
+    assert {name: value[0, 0].item() for name, value in found.items() if name in ("varies", "differs", "bits")} == {
+        "varies": 0.0,
+        "differs": 0.0,
+        "bits": 0.0,
+    }
+    assert found["varies"][0, 1].item() == pytest.approx(1 / 3)
+    assert found["differs"][0, 1].item() == pytest.approx((3 / 6) / 3)  # of the six pairs, three differ
+    assert found["bits"][0, 1].item() == pytest.approx(0.811278 / 3, rel=1e-5)  # of one in four
+    assert found["first"][0].tolist() == pytest.approx([1.0, 5 / 19])
+    assert found["own"][0].tolist() == pytest.approx([5 / 19, 18 / 19])
+    assert found["last"][0, 1].item() == pytest.approx(6 / 19)
+    with pytest.raises(ValueError, match="no two of the 2 sequences"):
+        dependence([alone, sentences[0]])
+
+
+@pytest.mark.parametrize("kind", ["first", "own", "random"])
+def test_a_fixed_choice_depends_on_nothing_and_a_free_one_does(kind: str) -> None:
+    batches = [{"input_ids": torch.randint(5, 50, (8, length))} for length in (5, 9)]
+    model = build("bert").eval()
+    with pytest.raises(ValueError, match="no attention weights"):
+        choices_of(model, batches)
+    with ga.patch_model(model, ga.GumbelAttentionConfig(noise="none")):
+        assert dependence(choices_of(model, batches))["differs"].min() > 0.1
+    fix_keys(model, kind)
+    assert dependence(choices_of(model, batches))["differs"].max() == 0.0
+
+
+@pytest.mark.parametrize("arm", [{"hard": True}, {"attention": "unpatched"}])
+def test_the_script_reports_on_a_run(
+    settings: dict[str, Any], arm: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run(settings, save_model=True, **arm)
+    hard_heads.main([settings["output_dir"]])
+    report = json.loads(Path(settings["output_dir"], "hard_heads.json").read_text())
+    curves = report["accuracy_by_hard_layers"]
+    own = curves["top_down"][-1 if "hard" in arm else 0]
+    assert own == record.final["noise_off"]["accuracy"]
+    assert [len(values) for values in curves.values()] == [3, 3]
+    assert set(report["accuracy_with_fixed_keys"]) == {"first", "own", "random"}
+    assert torch.tensor(report["dependence"]["differs"]).shape == (2, 2)
+    assert "| hard layers | 0 | 1 | 2 |" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_saved_model_is_refused(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings, max_train_steps=1)
+    with pytest.raises(SystemExit) as stopped:
+        hard_heads.main([settings["output_dir"]])
+    assert stopped.value.code == 2
+    assert "save_model: true" in capsys.readouterr().err
