@@ -229,7 +229,7 @@ def test_the_bar_shows_loss_temperature_and_speed(settings: dict[str, Any], monk
 
     screen = Terminal()
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[type-arg]  # not generic when it runs
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options, file=screen, mininterval=0)
 

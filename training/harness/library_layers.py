@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,26 +56,27 @@ class LibraryLayers:
     @contextmanager
     def noise(self, on: bool | str) -> Iterator[None]:
         """Within this context the noise is on, off, or of a family by name; the switches before come back after it."""
-        before = [layer.gumbel.noise_override for layer in self.layers.values()]
-        try:
-            for layer in self.layers.values():
-                layer.noise(on)
+        with self._switched("noise", on):
             yield
-        finally:
-            for layer, switch in zip(self.layers.values(), before, strict=True):
-                layer.noise(switch)
 
     @contextmanager
     def hard(self, on: bool | None) -> Iterator[None]:
         """Within this context the choice is hard or soft; the switches before come back after it."""
-        before = [layer.gumbel.hard_override for layer in self.layers.values()]
+        with self._switched("hard", on):
+            yield
+
+    @contextmanager
+    def _switched(self, switch: str, on: Any) -> Iterator[None]:
+        """Within this context the layers' ``noise`` or ``hard`` switch is ``on``."""
+        layers = list(self.layers.values())
+        before = [getattr(layer.gumbel, f"{switch}_override") for layer in layers]
         try:
-            for layer in self.layers.values():
-                layer.hard(on)
+            for layer in layers:
+                getattr(layer, switch)(on)
             yield
         finally:
-            for layer, switch in zip(self.layers.values(), before, strict=True):
-                layer.hard(switch)
+            for layer, value in zip(layers, before, strict=True):
+                getattr(layer, switch)(value)
 
     def learned_tau_parameters(self) -> list[torch.nn.Parameter]:
         """The learned temperatures."""

@@ -21,7 +21,7 @@ from harness.errors import UsageError
 from harness.results import CONFIG_FILE
 
 RUN_FILE = "run.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass
