@@ -48,8 +48,9 @@ def names(folder: Path) -> list[str]:
         {"learn_tau": "head", "tau_schedule": "constant", "tau_end": None, "mixed_precision": "bf16"},
         {"gradient_checkpointing": True, "noise": "none", "hard": False},
         {"attention": "unpatched", "max_grad_norm": 0.0},
+        {"train_sampling_strategy": "group_by_length"},
     ],
-    ids=["scheduled-tau", "learned-tau-bf16", "recomputed", "unpatched"],
+    ids=["scheduled-tau", "learned-tau-bf16", "recomputed", "unpatched", "grouped"],
 )
 def test_a_run_that_goes_on_from_any_step_ends_as_the_one_that_was_not_stopped(
     hard: dict[str, Any], tmp_path: Path, changes: dict[str, Any]

@@ -207,6 +207,9 @@ class FinetuneArguments(RunArguments):
     max_length: int = setting(128, "longer texts are cut to this many tokens")
     max_train_samples: int | None = setting(None, "train on a subset of this size; null is everything")
     max_eval_samples: int | None = setting(None, "evaluate on a subset of this size; null is everything")
+    train_sampling_strategy: Literal["random", "group_by_length"] = setting(
+        "random", "batches of any texts, or of texts of like length in random order, which have less padding"
+    )
     holdout_percentage: int | None = setting(
         None, "evaluate on this share of the training data, not trained on then, in place of the validation data"
     )

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from sklearn.metrics import accuracy_score, f1_score
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import AutoConfig, DataCollatorWithPadding
 
 from harness.arguments import FinetuneArguments
@@ -23,6 +23,7 @@ from harness.calibration import expected_calibration_error, selective_accuracy
 from harness.errors import UsageError
 from harness.fixed_noise import INDEX
 from harness.models import resolve_model_path
+from tasks.length_grouping import LengthGroupedSampler
 
 _CUT = "cut"
 _MOST_NAMED = 10
@@ -153,14 +154,12 @@ def make_loaders(
             do not change it.
     """
     collate = DataCollatorWithPadding(tokenizer)
-    train = DataLoader(
-        data.train,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=True,
-        generator=generator,
-        collate_fn=collate,
-    )
-    lengths = [len(tokens) for tokens in data.validation["input_ids"]]
+    size = args.per_device_train_batch_size
+    sampler: Sampler[int] = RandomSampler(data.train, generator=generator)
+    if args.train_sampling_strategy == "group_by_length":
+        sampler = LengthGroupedSampler(_lengths(data.train), size, generator)
+    train = DataLoader(data.train, batch_size=size, sampler=sampler, generator=generator, collate_fn=collate)
+    lengths = _lengths(data.validation)
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     evaluation = DataLoader(
         data.validation.select(by_length),
@@ -168,6 +167,10 @@ def make_loaders(
         collate_fn=collate,
     )
     return train, evaluation
+
+
+def _lengths(data: Dataset) -> list[int]:
+    return [len(tokens) for tokens in data["input_ids"]]
 
 
 def losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
