@@ -81,7 +81,7 @@ model, vocabulary = load_model(folder)
         """Cross entropy of the answers."""
         return compute_loss(model, batch)
 
-    def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
+    def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float | str]:
         """Loss, accuracy, and how often the choices are supporting facts."""
         return evaluate(accelerator, model, loader)
 

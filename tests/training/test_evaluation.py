@@ -104,6 +104,16 @@ def test_the_default_is_noise_off_and_on_and_a_plain_model_has_one_mode() -> Non
     assert [mode.name for mode in control(attention="unpatched")[1].evaluation_modes()] == ["noise_off"]
 
 
+def test_evaluations_before_the_last_may_use_fewer_modes() -> None:
+    attention = control(eval_modes=("hard", "mean_4", "noise_off"), eval_modes_between=("noise_off",))[1]
+    assert [mode.name for mode in attention.evaluation_modes(last=False)] == ["noise_off"]
+    assert [mode.name for mode in attention.evaluation_modes()] == ["hard", "mean_4", "noise_off"]
+    assert len(control(eval_modes=("hard", "soft"))[1].evaluation_modes(last=False)) == 2
+    for between in (("soft",), (), ("noise_off", "noise_off")):
+        with pytest.raises(UsageError, match="eval_modes"):
+            FinetuneArguments(**FILES, eval_modes=("noise_off", "hard"), eval_modes_between=between)
+
+
 def test_the_noise_scale_follows_the_step() -> None:
     _, attention = control(noise_scale=2.0, noise_scale_end=0.0)
     scales = []

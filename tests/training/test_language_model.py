@@ -178,6 +178,79 @@ def test_the_split_of_one_text_is_where_the_percentage_says(language: dict[str, 
     assert len(first) == len(TEXT) * 9 // 10
 
 
+def texts_of(settings: dict[str, Any], **changes: Any) -> list[str]:
+    """What is trained on and what is evaluated on, documents joined by newlines."""
+    parts = load_documents(LanguageModelArguments(**{**settings, **changes}))
+    return ["\n".join(map(part.cut, part.rows[part.column])) for part in parts]
+
+
+@pytest.mark.parametrize("share", [1, 33, 99])
+@pytest.mark.parametrize("sample_by", ["document", "line"])
+def test_held_out_text_lies_between_that_of_training_and_validation(
+    language: dict[str, Any], sample_by: str, share: int
+) -> None:
+    language |= {"validation_file": None, "validation_split_percentage": 15, "sample_by": sample_by}
+    whole, validation = texts_of(language)
+    train, held = texts_of(language, holdout_percentage=share)
+    if sample_by == "document":
+        assert train + held == whole
+        assert train + held + validation == TEXT
+        assert len(train) == len(TEXT) * 85 // 100 * (100 - share) // 100
+    else:
+        assert f"{train}\n{held}" == whole
+        assert f"{train}\n{held}\n{validation}\n" == TEXT
+    assert train
+    assert held
+
+
+def test_validation_data_are_not_read_where_training_data_are_held_out(
+    language: dict[str, Any], tmp_path: Path
+) -> None:
+    language |= {"holdout_percentage": 20, "attention": "unpatched"}
+    for number, file in enumerate((language["validation_file"], str(tmp_path / "nowhere.txt"), None)):
+        run = tmp_path / f"run{number}"
+        start(language, validation_file=file, output_dir=str(run))
+        held = len(TEXT) - len(TEXT) * 80 // 100
+        assert results(run)["data"]["validation_characters"] == held
+        assert results(run)["data"]["train_characters"] == len(TEXT) - held
+    assert len({json.dumps(results(tmp_path / f"run{number}")["final"]) for number in range(3)}) == 1
+    with pytest.raises(UsageError, match=r"nowhere\.txt.*no such file"):
+        start(language, holdout_percentage=None, validation_file=str(tmp_path / "nowhere.txt"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in "abcde"))
+    hub = {"train_file": None, "validation_file": None, "dataset_name": str(folder)}
+    assert texts_of(language, **hub) == ["a\nb\nc\nd", "e"]
+    with pytest.raises(UsageError, match="split 'validation' cannot be loaded"):
+        texts_of(language, **hub, holdout_percentage=None)
+
+
+def test_documents_are_held_out_of_the_first_so_many(language: dict[str, Any]) -> None:
+    language |= {"sample_by": "line", "validation_split_percentage": 20, "validation_file": None}
+    first, second, blank, *_ = TEXT.split("\n")
+    held = {"holdout_percentage": 34}
+    assert texts_of(language, **held, max_train_samples=3) == [first, f"{second}\n{blank}"]
+    assert texts_of(language, **held, max_train_samples=3, max_eval_samples=1) == [first, second]
+    cut = len(first) * 66 // 100
+    assert texts_of(language, **held, max_train_samples=1) == [first[:cut], first[cut:]]
+
+
+def test_parts_of_one_text_are_cached_apart(language: dict[str, Any]) -> None:
+    language |= {"validation_file": None, "validation_split_percentage": 50}
+    parts = [
+        part
+        for share in (None, 50, 20)
+        for part in load_documents(LanguageModelArguments(**language, holdout_percentage=share))
+    ]
+    tokenizer = character_tokenizer(parts[0])
+    encoded = [language_modelling.encode(part, tokenizer) for part in parts]
+    half = len(TEXT) // 2
+    quarter, most = half * 50 // 100, half * 80 // 100
+    sizes = [half, len(TEXT) - half, quarter, half - quarter, most, half - most]
+    assert [sum(split["characters"]) for split in encoded] == sizes
+    assert len({split._fingerprint for split in encoded}) == len(parts)
+
+
 def test_unknown_characters_are_counted_and_told(
     language: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +274,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "stream split": (
         {"streaming": True, "max_train_steps": 2, "validation_file": None, "validation_split_percentage": 5},
         "the length of a stream is not known",
+    ),
+    "stream held out": (
+        {"streaming": True, "max_train_steps": 2, "holdout_percentage": 5},
+        "streaming excludes holdout_percentage",
+    ),
+    "nothing held out": ({"holdout_percentage": 0}, "holdout_percentage must be from 1 to 99"),
+    "all held out": ({"holdout_percentage": 100}, "holdout_percentage must be from 1 to 99"),
+    "held out of nothing": (
+        {"train_file": "{tmp}/empty.jsonl", "holdout_percentage": 5},
+        "empty.jsonl, held-out 5 % is empty: expected at least one document",
     ),
     "block": ({"block_size": 17}, r"block_size 17 is more than the 16 positions .*raise them in model_config"),
     "tiny block": ({"block_size": 1}, "block_size must be >= 2"),

@@ -18,7 +18,7 @@ from harness.library_layers import LibraryLayers
 from harness.parsing import parse_arguments
 from harness.stopping import Stopped
 from tasks import story_answering as task
-from tasks.babi import WorldSettings, encode_stories, generate_stories, write_babi
+from tasks.babi import Story, WorldSettings, encode_stories, generate_stories, read_babi, write_babi
 from tasks.story_answering import StoryArguments
 from tasks.story_model import StoryOutput
 
@@ -57,6 +57,16 @@ def start(settings: dict[str, Any], **changes: Any) -> Any:
 
 def data_of(settings: dict[str, Any], **changes: Any) -> task.StoryData:
     return task.load_data(StoryArguments(**{**settings, **changes}), lambda line: None)
+
+
+def held_out(settings: dict[str, Any], **changes: Any) -> tuple[list[Story], list[Story]]:
+    """The stories to train and to evaluate on, as :func:`tasks.story_answering.load_data` has them encoded."""
+    encoded = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(task, "encode_stories", lambda *given: encoded.append(given[0]) or encode_stories(*given))
+        data_of(settings, **changes)
+    train, evaluated = encoded
+    return train, evaluated
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -182,6 +192,65 @@ def test_long_sentences_are_cut_and_told(tiny: dict[str, Any]) -> None:
     assert data.train.facts.shape[2] == 4
     assert [line.split(" of ")[0].partition(":")[0] for line in lines] == ["train", "validation"]
     assert all(re.search(r"\d+ of \d+ different sentences are cut to max_words=4", line) for line in lines)
+
+
+def test_stories_are_held_out_whole_and_the_same_for_every_seed(tiny: dict[str, Any], tmp_path: Path) -> None:
+    stories = read_babi(tiny["train_file"])
+    tiny |= {"validation_file": str(tmp_path / "nowhere")}  # it is not read
+
+    def numbers(**changes: Any) -> tuple[list[int], list[int]]:
+        train, held = held_out(tiny, holdout_percentage=25, **changes)
+        assert sorted([*train, *held], key=stories.index) == stories, "every question is on one side"
+        return [story.story_id for story in train], [story.story_id for story in held]
+
+    train, held = numbers()
+    assert not set(train) & set(held)
+    assert {train.count(number) for number in train} == {held.count(number) for number in held} == {2}
+    assert len(set(held)) == 24 // 4
+    assert numbers(seed=7) == (train, held)
+    assert numbers(data_seed=7) != (train, held)
+
+
+def test_a_subset_is_taken_before_stories_are_held_out(tiny: dict[str, Any]) -> None:
+    subset, _ = held_out(tiny, max_train_samples=20)
+    train, held = held_out(tiny, max_train_samples=20, holdout_percentage=30)
+    assert sorted([*train, *held], key=repr) == sorted(subset, key=repr)
+    numbers = {story.story_id for story in held}
+    assert len(numbers) == len({story.story_id for story in subset}) * 30 // 100
+    assert not numbers & {story.story_id for story in train}
+
+
+def test_generated_stories_are_held_out_and_answered(tmp_path: Path) -> None:
+    generated = {"train_stories": 40, "max_train_steps": 1, "attention": "unpatched", "output_dir": str(tmp_path)}
+    whole, validation = held_out(generated)
+    train, held = held_out(generated, holdout_percentage=10)
+    assert [len(train), len(held), len(validation)] == [36, 4, 500]
+    assert sorted([*train, *held], key=repr) == sorted(whole, key=repr)
+    assert set(start(generated, holdout_percentage=10).final) == {"noise_off"}
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0, "holdout_percentage must be from 1 to 99"),
+        (100, "holdout_percentage must be from 1 to 99"),
+        (4, "holdout_percentage=4 of the 24 training stories is 0: there must be stories on both sides"),
+    ],
+)
+def test_a_holdout_that_leaves_nothing_is_refused(tiny: dict[str, Any], share: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        data_of(tiny, holdout_percentage=share)
+    assert len(data_of(tiny, holdout_percentage=5).validation) == 2
+
+
+def test_an_answer_of_held_out_stories_that_training_does_not_know_is_refused(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    places = ["moon", "home", "sea", "hill"]
+    tiny["train_file"] = str(tmp_path / "places")
+    Path(tiny["train_file"]).write_text("".join(f"1 Ann sat.\n2 Where? \t{place}\t1\n" for place in places))
+    with pytest.raises(UsageError, match=r"held-out question 1 .* which is not among the training answers"):
+        data_of(tiny, holdout_percentage=25)
 
 
 def test_what_cannot_be_used_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:

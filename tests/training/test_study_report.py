@@ -82,6 +82,9 @@ def with_attention(row: dict[str, Any]) -> None:
     row["series"]["train"] = [
         {"step": step, "loss": 1 / step, "attention": {"entropy": 2.0, "argmax_flip_rate": 0.1}} for step in (10, 20)
     ]
+    row["series"]["evaluation"] = [
+        {"step": step, "mode": "noise_off", "right_choices": right} for step, right in ((10, "4:90"), (20, "4:c0"))
+    ]
     for metrics in row["final"].values():
         metrics |= {"calibration_error": 0.1, "selective_accuracy": 0.9}
 
@@ -154,12 +157,12 @@ def test_page_is_one_file_that_refers_to_nothing(tmp_path: Path) -> None:
     assert len(text.encode()) < 1_000_000
     found = parsed(text)
     assert [link for link in found.references if not link.startswith(("#", "data:image/png;base64,"))] == []
-    assert sum(link.startswith("data:") for link in found.references) == 12
+    assert sum(link.startswith("data:") for link in found.references) == 14
     assert len(set(found.ids)) == len(found.ids)
     assert {link[1:] for link in found.references if link.startswith("#")} <= set(found.ids)
     assert not any(word in text for word in ("http:", "https:", "@import", "url(", "<script", str(tmp_path)))
-    assert text.count("Command: <code>python training/report.py one two --output page.html --figures</code>") == 12
-    assert len(list(output.parent.glob("*.png"))) == 12
+    assert text.count("Command: <code>python training/report.py one two --output page.html --figures</code>") == 14
+    assert len(list(output.parent.glob("*.png"))) == 14
     assert (output.parent / "table.md").read_text().count("| plain | 5 | 0.8020 ±") == 2
 
 
@@ -179,14 +182,23 @@ def test_what_is_lacking_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     folder = small_study(tmp_path / "bare")
     assert ids_of(folder) == ["metric", "cost"]
     text = parsed(page_of(read_findings(folder))).text
-    assert text.count("Left out: ") == 5
+    assert text.count("Left out: ") == 6
     assert "asks no question" in text
 
 
 def test_every_plot_is_there_where_the_runs_have_what_it_needs(tmp_path: Path) -> None:
     arms = {**ARMS, "plain-2": {"noise": "none", "tau": 2.0}}
     make_study(tmp_path / "all", value, arms, change=with_attention)
-    assert ids_of(tmp_path / "all") == ["metric", "tau", "noise", "calibration", "attention", "loss", "cost"]
+    assert ids_of(tmp_path / "all") == [
+        "metric",
+        "tau",
+        "noise",
+        "calibration",
+        "attention",
+        "exploration",
+        "loss",
+        "cost",
+    ]
     assert "Left out: " not in page_of(read_findings(tmp_path / "all"))
 
 

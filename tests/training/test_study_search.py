@@ -148,13 +148,71 @@ FILES = {"model_name_or_path": "gpt2", "train_file": "a.txt", "validation_file":
         ("transduction", {"train_file": "a", "validation_file": "b"}, {}, "own evaluation data"),
         ("story_qa", {"facts": 5}, {"data_seed": 7}, None),
         ("story_qa", {"facts": 5}, {"facts": 6}, "own evaluation data"),
+        ("finetune", HUB, {"train_split": "validation[:50%]", "validation_split": "test"}, "trained on the study's"),
+        (
+            "language_model",
+            TEXT,
+            {"validation_split_percentage": None, "train_file": "c.txt", "validation_file": "a.txt"},
+            "own evaluation data",
+        ),
+        (
+            "language_model",
+            {"model_name_or_path": "gpt2", "dataset_name": "d", "validation_split_percentage": 10},
+            {"validation_split": "test"},
+            "own evaluation data",
+        ),
     ],
 )
 def test_every_script_tells_its_evaluation_data(
     tmp_path: Path, script: str, base: dict[str, Any], settings: dict[str, Any], message: str | None
 ) -> None:
+    check_search(tmp_path, script, base, settings, message)
+
+
+PAIR = {"train_file": "a", "validation_file": "b"}
+HELD = {"holdout_percentage": 20}
+
+
+@pytest.mark.parametrize(
+    ("script", "base", "settings", "message"),
+    [
+        ("finetune", HUB, HELD, None),
+        ("finetune", PAIR, HELD, None),
+        ("finetune", HUB, HELD | {"train_split": "validation"}, "own evaluation data"),
+        ("finetune", PAIR, HELD | {"train_file": "b"}, "own evaluation data"),
+        ("finetune", PAIR | HELD, {"holdout_percentage": 10}, "own evaluation data"),
+        ("finetune", PAIR | HELD, {"data_seed": 7}, "own evaluation data"),
+        ("finetune", PAIR | HELD, {"holdout_percentage": None}, "trained on the study's"),
+        ("finetune", HUB | HELD, {"train_split": "train"}, "own evaluation data"),
+        ("finetune", PAIR | HELD, {"holdout_percentage": None, "train_file": "c"}, None),
+        ("language_model", TEXT, HELD, None),
+        ("language_model", TEXT, HELD | {"validation_split_percentage": 12}, None),
+        ("language_model", TEXT, HELD | {"validation_split_percentage": 9}, "own evaluation data"),
+        ("language_model", TEXT, HELD | {"validation_split_percentage": None}, "own evaluation data"),
+        ("language_model", TEXT, HELD | {"sample_by": "line"}, "own evaluation data"),
+        ("language_model", TEXT | HELD, {"holdout_percentage": None}, "trained on the study's"),
+        ("language_model", FILES, HELD, None),
+        ("language_model", FILES, HELD | {"validation_file": None}, None),
+        ("language_model", FILES, HELD | {"train_file": "b.txt"}, "own evaluation data"),
+        ("story_qa", {"facts": 5}, HELD, None),
+        ("story_qa", {"facts": 5} | HELD, {"holdout_percentage": None}, "trained on the study's"),
+        ("story_qa", {"facts": 5} | HELD, {"data_seed": 7}, None),
+        ("story_qa", PAIR, HELD, None),
+        ("story_qa", PAIR, HELD | {"train_file": "b"}, "own evaluation data"),
+    ],
+)
+def test_a_search_may_hold_out_training_data_that_the_study_does_not_evaluate_on(
+    tmp_path: Path, script: str, base: dict[str, Any], settings: dict[str, Any], message: str | None
+) -> None:
+    check_search(tmp_path, script, base, settings, message)
+
+
+def check_search(
+    folder: Path, script: str, base: dict[str, Any], settings: dict[str, Any], message: str | None
+) -> None:
+    """Reads a study whose search has these settings; ``message`` is that of the refusal, None if there is none."""
     search = {**SEARCH, "settings": settings}
-    path = write_study(tmp_path, script=script, metric="loss", base=base, search=search, arms=STUDY["arms"])
+    path = write_study(folder, script=script, metric="loss", base=base, search=search, arms=STUDY["arms"])
     if message is None:
         assert load_study(path).search is not None
         return

@@ -104,6 +104,9 @@ class RunArguments:
         "ways to evaluate: noise_off, noise_on, mean_K (mean probabilities of K noisy samples), hard, soft (both "
         "without noise); null is noise_off and noise_on",
     )
+    eval_modes_between: tuple[str, ...] | None = setting(
+        None, "those of eval_modes that evaluations before the last step use; null is all of them"
+    )
     eval_hard: bool | None = setting(None, "hard choice in evaluation; null is as in training")
     learn_tau: Literal["scalar", "head"] | None = setting(None, "learn the temperature per layer or per head")
     attention_metrics: Literal["none", "mean", "layers"] = setting(
@@ -163,9 +166,16 @@ class RunArguments:
             )
         if self.noise_scale_end is not None and (self.noise == "none" or self.noise_scale == 0.0):
             raise UsageError(f"noise_scale_end={self.noise_scale_end} needs noise, and noise_scale above 0.")
-        evaluation_modes(self.eval_modes)  # raises for those that do not exist
+        self._check_modes()
         if self.learn_tau is not None and self.tau_schedule != "constant":
             raise UsageError("learn_tau and a tau_schedule exclude each other: tau is learned or scheduled.")
+
+    def _check_modes(self) -> None:
+        known = [mode.name for mode in evaluation_modes(self.eval_modes)]  # raises for those that do not exist
+        if self.eval_modes_between is not None:
+            between = [mode.name for mode in evaluation_modes(self.eval_modes_between)]
+            if not set(between) <= set(known):
+                raise UsageError(f"eval_modes_between must be some of eval_modes, {known}, got {between}.")
 
     def _check_hardening(self) -> None:
         start, end = self.harden_start, self.harden_end

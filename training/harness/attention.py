@@ -55,6 +55,7 @@ class AttentionControl:
         noise_at_test: what evaluation with noise switches on: the layers' own noise (True) or a family.
         noise_scale: optimiser step to what multiplies the noise; None where it stays as it is.
         modes: the ways to evaluate a patched model; None is with noise off and on.
+        modes_between: those before the last step; None is all of them.
         hardening: which layers are hard by step; None where that stays as it is.
     """
 
@@ -65,11 +66,13 @@ class AttentionControl:
         noise_at_test: bool | str = True,
         noise_scale: Callable[[int], float] | None = None,
         modes: Sequence[str] | None = None,
+        modes_between: Sequence[str] | None = None,
         hardening: Hardening | None = None,
     ) -> None:
         self.patch = patch
         self._noise_scale = noise_scale
         self._modes = modes
+        self._modes_between = modes_between
         self._hardening = hardening
         self._schedule = schedule
         self._noise_at_test = noise_at_test
@@ -105,9 +108,10 @@ class AttentionControl:
         """The learned temperatures."""
         return [] if self.patch is None else list(self.patch.learned_tau_parameters())
 
-    def evaluation_modes(self) -> list[EvaluationMode]:
-        """The ways to evaluate; a model that is not patched has one."""
-        return evaluation_modes([NOISE_OFF] if self.patch is None else self._modes)
+    def evaluation_modes(self, last: bool = True) -> list[EvaluationMode]:
+        """The ways to evaluate after the last step, or before it; a model that is not patched has one."""
+        modes = self._modes if last or self._modes_between is None else self._modes_between
+        return evaluation_modes([NOISE_OFF] if self.patch is None else modes)
 
     @contextmanager
     def evaluating(self, mode: EvaluationMode) -> Iterator[None]:
@@ -155,6 +159,7 @@ def control_attention(
         noise_at_test="gumbel" if config.noise == "none" else True,
         noise_scale=None if args.noise_scale_end is None else _linear(args.noise_scale, args.noise_scale_end, steps),
         modes=args.eval_modes,
+        modes_between=args.eval_modes_between,
         hardening=_hardening(args, patch, steps),
     )
 

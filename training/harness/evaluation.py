@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ def evaluation_modes(names: Sequence[str] | None) -> list[EvaluationMode]:
     if not names or len(set(names)) != len(names):
         raise UsageError(f"eval_modes: expected at least one mode and none twice, got {list(names)}.")
     return [evaluation_mode(name) for name in names]
+
+
+def numbers_of(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    """The metrics that are numbers; a text, such as which examples were right, stays in the evaluation series."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
 
 
 class SampleMean(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from harness.arguments import RunArguments
 from harness.attention import AttentionControl
 from harness.attention_measures import AttentionMeasures
 from harness.checkpoints import write_checkpoint
-from harness.evaluation import sampling
+from harness.evaluation import numbers_of, sampling
 from harness.nonfinite import ComputeLoss, FiniteGuard
 from harness.saved_run import Progress, RunIdentity, TrainingRecord, load_run, save_run
 from harness.stopping import Stopped, StopSignals
@@ -39,8 +39,11 @@ _USUAL_WEIGHT = 1024.0
 
 __all__ = ["TrainingLoop", "TrainingParts", "TrainingRecord"]
 
-Evaluate = Callable[[Accelerator, torch.nn.Module, Any], dict[str, float]]
-"""(accelerator, model, loader) -> metrics over all examples; the model is in train() before and after."""
+Evaluate = Callable[[Accelerator, torch.nn.Module, Any], Mapping[str, float | str]]
+"""(accelerator, model, loader) -> metrics over all examples; the model is in train() before and after.
+
+Texts among them are for the evaluation series alone.
+"""
 
 
 def loss_of_model(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -297,7 +300,7 @@ class TrainingLoop:
             self._log(learning_rate)
         self.parts.attention.set_step(record.steps)
         if evaluates:
-            self._evaluate()
+            self._evaluate(last)
         stops = not last and self._asked_to_stop(logs)  # a signal may have come during the evaluation
         if saves or stops:
             self._guard.check()
@@ -350,22 +353,22 @@ class TrainingLoop:
             self.record.tokens += tokens
         return rates if tokens is None else rates | {"tokens_per_second": tokens / seconds}
 
-    def _evaluate(self) -> None:
-        """Evaluates in every mode; draws from a stream of its own, which repeats for a seed and a step."""
+    def _evaluate(self, last: bool) -> None:
+        """Evaluates in all modes due; draws from a stream of its own, which repeats for a seed and a step."""
         self._synchronize()
         started = time.perf_counter()
         parts, step = self.parts, self.record.steps
-        for mode in parts.attention.evaluation_modes():
+        for mode in parts.attention.evaluation_modes(last):
             rank = self.accelerator.process_index
             with isolated_rng(self.accelerator.device, self.args.seed, step, rank), parts.attention.evaluating(mode):
                 metrics = parts.evaluate(self.accelerator, sampling(parts.model, mode), parts.eval_loader)
             place = {"step": step, "epoch": self._epoch(), "tau": parts.attention.tau(step), "mode": mode.name}
-            self.record.evaluation.append(place | metrics)
-            self.accelerator.log(evaluation_values(place | metrics), step=step)
-            self.record.final[mode.name] = metrics
+            self.record.evaluation.append({**place, **metrics})
+            numbers = self.record.final[mode.name] = numbers_of(metrics)
+            self.accelerator.log(evaluation_values(place | numbers), step=step)
             if self.accelerator.is_main_process:
-                numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                tqdm.write(f"step {step}/{self.total_steps}, {mode.name}: {numbers}")
+                words = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+                tqdm.write(f"step {step}/{self.total_steps}, {mode.name}: {words}")
         self._synchronize()
         self.record.eval_seconds += time.perf_counter() - started
 

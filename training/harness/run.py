@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,7 @@ class Task(Protocol):
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """The mean loss of a batch."""
 
-    def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
+    def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> Mapping[str, float | str]:
         """The metrics over all examples of all processes; the model is in train() before and after."""
 
     def save_model(self, model: Any, folder: Path) -> None:

@@ -9,77 +9,108 @@ from typing import Any
 from harness.arguments import RunArguments
 from harness.errors import UsageError
 
-Source = tuple[Any, ...]
-"""What tells data from others: a kind, and what belongs to it."""
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where data come from.
+
+    Attributes:
+        place: what tells files, splits of the hub and generated data from others: a kind, and what belongs to it.
+        begin: percentage of the place at which the data begin.
+        end: percentage at which they end. Rows drawn from between the two may lie anywhere there.
+        documents: what the percentages count, where that is a setting.
+    """
+
+    place: tuple[Any, ...]
+    begin: int = 0
+    end: int = 100
+    documents: str | None = None
+
+    def __str__(self) -> str:
+        words = " ".join(str(part) for part in self.place if part is not None)
+        return words if (self.begin, self.end) == (0, 100) else f"{words}, from {self.begin} to {self.end} %"
+
+    def overlaps(self, other: Source) -> bool:
+        """Whether data from here may be data from there, too."""
+        if self.place != other.place:
+            return _holds(self.place, other.place) or _holds(other.place, self.place)
+        if self.documents != other.documents:
+            return True
+        return self.begin < other.end and other.begin < self.end
 
 
 def evaluation_source(args: RunArguments) -> Source:
-    """Where the evaluation data of a run come from; a subset of the same file or split has the same source."""
+    """Where the evaluation data of a run come from; a subset of the same file or split has the same source.
+
+    So have data that are held out of the training data: which those are depends on percentages and seeds.
+    """
+    if _holds_out(args):
+        return training_source(args)
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    held_out = tuple((key, value) for key, value in values.items() if "holdout" in key and value is not None)
-    if values.get("dataset_name") is not None:
-        return (
-            "split",
-            values["dataset_name"],
-            values.get("dataset_config_name"),
-            values["validation_split"],
-            *held_out,
-        )
-    if values.get("validation_file"):
-        return ("file", _resolved(values["validation_file"]), *held_out)
     if values.get("validation_split_percentage") is not None:
-        return ("end of", _resolved(values["train_file"]), *held_out)
-    return ("generated", values.get("data_seed"), *held_out)
+        trained = training_source(args)
+        return dataclasses.replace(trained, begin=trained.end, end=100)
+    if values.get("dataset_name") is not None:
+        return Source(("split", values["dataset_name"], values["dataset_config_name"], values["validation_split"]))
+    if values.get("validation_file"):
+        return Source(("file", _resolved(values["validation_file"])))
+    return Source(("generated", values.get("data_seed")))
 
 
 def training_source(args: RunArguments) -> Source:
-    """Where the training data of a run come from, in the words of :func:`evaluation_source`."""
-    if getattr(args, "dataset_name", None) is not None:
-        return ("split", args.dataset_name, args.dataset_config_name, args.train_split)  # type: ignore[attr-defined]
-    train_file = getattr(args, "train_file", None)
-    return ("file", _resolved(train_file)) if train_file else ("generated to train on",)
+    """Where the training data of a run come from, those that it holds out included."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    place: tuple[Any, ...]
+    if values.get("dataset_name") is not None:
+        place = ("split", values["dataset_name"], values["dataset_config_name"], values["train_split"])
+    elif values.get("train_file"):
+        place = ("file", _resolved(values["train_file"]))
+    else:
+        place = ("generated to train on", values.get("data_seed"))
+    return Source(place, end=100 - (values.get("validation_split_percentage") or 0), documents=values.get("sample_by"))
 
 
 def check_other_evaluation_data(search: RunArguments, study: RunArguments, where: str) -> None:
     """Raises UsageError unless a run of the search keeps away from what the study evaluates on.
 
-    Two splits of the hub that are slices, such as ``train[:90%]`` and ``train[90%:]``, count as others if their texts
-    differ.
+    A run of the search may hold out a part of its training data (``holdout_percentage``). If the study evaluates on
+    the end of these (``validation_split_percentage``), the search must leave off as much, or more. Two splits of the
+    hub that are slices, such as ``train[:90%]`` and ``train[90%:]``, count as others if their texts differ.
 
     Args:
         search: settings of a run of the search.
         study: settings of the same arm in the study.
         where: the run, for messages.
     """
-    tested, searched = evaluation_source(study), evaluation_source(search)
-    if searched == tested or _holds(searched, tested) or _holds(tested, searched):
+    tested, searched, trained = evaluation_source(study), evaluation_source(search), training_source(search)
+    if searched.overlaps(tested):
         raise UsageError(
-            f"{where} would be evaluated on the study's own evaluation data ({_words(tested)}), and what it chooses "
-            "would be fitted to them: let settings of the search name another validation_file or validation_split."
+            f"{where} would be evaluated on the study's own evaluation data ({tested}), and what it chooses would be "
+            "fitted to them: let settings of the search name another validation_file or validation_split, or "
+            "evaluate on a part of the training data by holdout_percentage."
         )
-    trained = training_source(search)
-    if trained in (tested, ("file", tested[1])) or _holds(trained, tested):
+    if trained.overlaps(tested):
         raise UsageError(
-            f"{where} would be trained on the study's evaluation data ({_words(tested)}): let settings of the search "
-            "name other training data."
+            f"{where} would be trained on the study's evaluation data ({tested}): let settings of the search name "
+            "other training data."
         )
-    if trained == searched or _holds(trained, searched):
+    if trained.overlaps(searched) and not _holds_out(search):
         raise UsageError(
-            f"{where} would be evaluated on what it is trained on ({_words(searched)}): hold some of the training "
-            "data out, in a file or split of their own."
+            f"{where} would be evaluated on what it is trained on ({searched}): hold some of the training data out by "
+            "holdout_percentage, or in a file or split of their own."
         )
+
+
+def _holds_out(args: RunArguments) -> bool:
+    return getattr(args, "holdout_percentage", None) is not None
 
 
 def _resolved(path: str) -> str:
     return str(Path(path).resolve())
 
 
-def _holds(whole: Source, part: Source) -> bool:
+def _holds(whole: tuple[Any, ...], part: tuple[Any, ...]) -> bool:
     """Whether ``whole`` is a split of the hub of which ``part`` is a slice."""
     if whole[0] != "split" or part[0] != "split":
         return False
     return whole[1:3] == part[1:3] and "[" not in whole[3] and part[3].split("[")[0] == whole[3]
-
-
-def _words(source: Source) -> str:
-    return " ".join(str(part) for part in source if part is not None)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from harness.evaluation import NOISE_OFF, NOISE_ON
 from study.drawing import SINGLE, draw_bars, draw_curves, draw_dots, draw_estimates, png
+from study.exploration import mean_course
 from study.findings import Arm, Estimate, Findings, metric_words, mode_words
 from study.plan import deciding_settings
 from study.tables import marked, peak_memory, step_seconds
@@ -68,6 +69,7 @@ def plots(findings: Findings) -> list[Plot]:
         plot_noise,
         plot_calibration,
         plot_attention,
+        plot_exploration,
         plot_loss,
         plot_cost,
     )
@@ -174,6 +176,33 @@ def plot_attention(findings: Findings) -> Plot:
         "weight; where the noise changes it, another key is tried. Without gradient: all other weights round to 0."
     )
     return Plot("attention", title, caption, figure)
+
+
+def plot_exploration(findings: Findings) -> Plot:
+    """What became of the choices of the first evaluation."""
+    title = "Recovery from early choices"
+    parts = {"recovered": "of the first wrong, share right now", "lost": "of the first right, share wrong now"}
+    found = {
+        part: {marked(arm): course for arm in findings.arms if (course := mean_course(arm, findings.mode, part))}
+        for part in parts
+    }
+    found = {part: courses for part, courses in found.items() if courses}
+    if not found:
+        reason = "Left out: the task does not know which choices are right, or was evaluated once only."
+        return Plot("exploration", title, reason, None)
+    figure = Figure(figsize=(4.6 * len(found) + 0.4, 4.0), layout="constrained")
+    grid = figure.subplots(1, len(found), squeeze=False)[0]
+    names = [marked(arm) for arm in findings.arms]
+    for axes, (part, courses) in zip(grid, found.items(), strict=True):
+        draw_curves(axes, courses, names)
+        axes.set_xlabel("step of the evaluation")
+        axes.set_ylabel(parts[part])
+    _legend(figure, grid[0])
+    caption = (
+        f"Questions of the evaluation data, {mode_words(findings.mode)}: those whose supporting facts were not all "
+        "chosen in the first evaluation and are now, and the other way round. Means over the seeds."
+    )
+    return Plot("exploration", title, caption, figure)
 
 
 def plot_loss(findings: Findings) -> Plot:

@@ -29,6 +29,11 @@ class LanguageModelArguments(RunArguments):
     validation_split_percentage: int | None = setting(
         None, "evaluate on the last so many percent of the training data, in place of a file or split of their own"
     )
+    holdout_percentage: int | None = setting(
+        None,
+        "evaluate on the last so many percent of what is left to train on, not trained on then, in place of the "
+        "validation data",
+    )
     dataset_name: str | None = setting(None, "data set on the hub, in place of the files")
     dataset_config_name: str | None = setting(None, "configuration of the hub data set")
     train_split: str = setting("train", "training split of the hub data set")
@@ -52,6 +57,7 @@ class LanguageModelArguments(RunArguments):
             check_setting(self, name, "> 0", lambda value: value > 0)
         check_setting(self, "block_size", ">= 2", lambda value: value >= 2)
         check_setting(self, "validation_split_percentage", "in 1..99", lambda value: 0 < value < 100)
+        check_setting(self, "holdout_percentage", "from 1 to 99", lambda value: 0 < value < 100)
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
@@ -73,8 +79,11 @@ class LanguageModelArguments(RunArguments):
             raise UsageError("dataset_name excludes validation_file: its validation_split is evaluated on.")
         if self.validation_file is not None and self.validation_split_percentage is not None:
             raise UsageError("validation_file and validation_split_percentage exclude each other.")
-        if self.train_file is not None and self.validation_file is None and self.validation_split_percentage is None:
-            raise UsageError("nothing to evaluate on: give validation_file or validation_split_percentage.")
+        evaluated = (self.validation_file, self.validation_split_percentage, self.holdout_percentage)
+        if self.train_file is not None and evaluated == (None, None, None):
+            raise UsageError(
+                "nothing to evaluate on: give validation_file, validation_split_percentage or holdout_percentage."
+            )
 
     def _check_streaming(self) -> None:
         if self.max_train_steps is None:
@@ -83,6 +92,11 @@ class LanguageModelArguments(RunArguments):
             raise UsageError(
                 "streaming excludes validation_split_percentage, the length of a stream is not known: "
                 "give validation_file, or a hub data set with a validation_split."
+            )
+        if self.holdout_percentage is not None:
+            raise UsageError(
+                "streaming excludes holdout_percentage, the length of a stream is not known: name other data to "
+                "evaluate on."
             )
         if self.tokenizer_name == CHARACTERS:
             raise UsageError(

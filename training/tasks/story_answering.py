@@ -19,6 +19,7 @@ import gumbel_attention as ga
 from harness.arguments import RunArguments, check_setting, setting
 from harness.attention import attention_config
 from harness.errors import UsageError
+from harness.right_wrong import to_text
 from tasks.babi import Story, StoryBatch, Vocabulary, WorldSettings, encode_stories, generate_stories, read_babi
 from tasks.story_memory import MemoryNetwork
 from tasks.story_model import StoryModel
@@ -35,7 +36,12 @@ class StoryArguments(RunArguments):
     train_file: str | None = setting(None, "file in the bAbI format to train on; null generates stories")
     validation_file: str | None = setting(None, "the file to evaluate on")
     max_train_samples: int | None = setting(None, "train on a subset of this many questions; null is everything")
-    data_seed: int = setting(0, "chooses the subset, makes the stories; does not depend on seed")
+    holdout_percentage: int | None = setting(
+        None,
+        "evaluate on all questions of this share of the training stories, not trained on then, in place of the "
+        "validation data",
+    )
+    data_seed: int = setting(0, "chooses the subset and what is held out, makes the stories; does not depend on seed")
     supporting_facts: int = setting(1, "of generated stories: 1 asks for an actor's place, 2 for an object's")
     train_stories: int = setting(2000, "how many to generate to train on")
     validation_stories: int = setting(500, "how many to generate to evaluate on")
@@ -57,6 +63,7 @@ class StoryArguments(RunArguments):
         super().__post_init__()
         for name in ("max_train_samples", "width", "hops", "max_facts", "max_words", "validation_stories"):
             check_setting(self, name, "> 0", lambda value: value > 0)
+        check_setting(self, "holdout_percentage", "from 1 to 99", lambda value: 0 < value < 100)
         for name in ("data_seed", "soft_start"):
             check_setting(self, name, ">= 0", lambda value: value >= 0)
 
@@ -82,7 +89,7 @@ class StoryData:
 
     Attributes:
         train: training questions.
-        validation: evaluation questions.
+        validation: evaluation questions, held out of the training stories if so configured.
         vocabulary: words and answers.
         supports: most supporting facts of a training question.
     """
@@ -96,15 +103,19 @@ class StoryData:
 def load_data(args: StoryArguments, tell: Callable[[str], object]) -> StoryData:
     """Reads or generates the stories; tells how many sentences are cut.
 
+    The validation stories are neither read nor generated where training stories are held out in their place.
+
     Raises:
         UsageError: a file, or an answer in it, is not usable.
     """
-    if args.train_file is not None and args.validation_file is not None:
-        train, validation = _read(args.train_file, "train_file"), _read(args.validation_file, "validation_file")
-    else:
-        train, validation = _generate(args)
+    train, evaluated = _stories(args, "train"), "validation"
     if args.max_train_samples is not None and args.max_train_samples < len(train):
         train = random.Random(args.data_seed).sample(train, args.max_train_samples)
+    if args.holdout_percentage is None:
+        validation = _stories(args, "validation")
+    else:
+        train, validation = _hold_out(train, args.holdout_percentage, args.data_seed)
+        evaluated = "held-out"
     vocabulary = Vocabulary(train)
     if len(vocabulary.answers) < 2:
         raise UsageError(
@@ -113,18 +124,18 @@ def load_data(args: StoryArguments, tell: Callable[[str], object]) -> StoryData:
     for number, story in enumerate(validation, start=1):
         if story.answer not in vocabulary.answer_index:
             raise UsageError(
-                f"validation question {number} ({story.question!r}) has the answer {story.answer!r}, which is not "
+                f"{evaluated} question {number} ({story.question!r}) has the answer {story.answer!r}, which is not "
                 f"among the training answers {vocabulary.answers}."
             )
     batches = {}
-    for name, stories in (("train", train), ("validation", validation)):
+    for name, stories in (("train", train), (evaluated, validation)):
         sentences = {sentence for story in stories for sentence in (*story.facts, story.question)}
         cut = sum(len(vocabulary.encode(sentence)) > args.max_words for sentence in sentences)
         if cut:
             tell(f"{name}: {cut} of {len(sentences)} different sentences are cut to max_words={args.max_words}")
         batches[name] = _cut(encode_stories(stories, vocabulary), args.max_words)
     supports = max(len(story.supports) for story in train)
-    return StoryData(batches["train"], batches["validation"], vocabulary, supports)
+    return StoryData(batches["train"], batches[evaluated], vocabulary, supports)
 
 
 def describe(batch: StoryBatch) -> list[dict[str, Any]]:
@@ -174,11 +185,12 @@ def compute_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.cross_entropy(model(StoryBatch(**batch)).logits.float(), batch["answer"])
 
 
-def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[Any]) -> dict[str, float | str]:
     """Loss and accuracy of the answers, and how the choices fare; leaves the model in train().
 
     A hop's choice is the fact with the most weight. ``supporting_fact_accuracy`` is the share of choices that are
-    supporting facts, ``all_supports_found`` the share of questions whose every supporting fact is chosen.
+    supporting facts, ``all_supports_found`` the share of questions whose every supporting fact is chosen, and
+    ``right_choices`` which questions these are (:func:`harness.right_wrong.to_text`).
     """
     columns: list[Tensor] = []
     model.eval()
@@ -193,8 +205,9 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, loader: Iterable[
             rows = torch.stack([losses, logits.argmax(-1) == answer, gold.float().mean(1), all_found], 1)
             columns.append(accelerator.gather_for_metrics(rows).double().cpu())
     model.train()
-    means = torch.cat(columns).mean(0).tolist()
-    return dict(zip(("loss", "accuracy", "supporting_fact_accuracy", "all_supports_found"), means, strict=True))
+    table = torch.cat(columns)
+    names = ("loss", "accuracy", "supporting_fact_accuracy", "all_supports_found")
+    return {**dict(zip(names, table.mean(0).tolist(), strict=True)), "right_choices": to_text(table[:, 3] > 0)}
 
 
 def save_model(model: StoryModel | MemoryNetwork, data: StoryData, args: StoryArguments, folder: Path) -> None:
@@ -240,6 +253,36 @@ def _build(
     return kind(vocabulary.size, len(vocabulary.answers), config=config, **sizes)
 
 
+def _stories(args: StoryArguments, split: Literal["train", "validation"]) -> list[Story]:
+    """The stories of a split, read from its file or generated, from different seeds for the two."""
+    path = args.train_file if split == "train" else args.validation_file
+    if path is not None:
+        return _read(path, f"{split}_file")
+    count = args.train_stories if split == "train" else args.validation_stories
+    try:
+        world = WorldSettings(args.supporting_facts, count, facts=args.facts, distractors=args.distractors)
+    except ValueError as error:
+        raise UsageError(f"generated stories: {error}") from error
+    return generate_stories(world, 2 * args.data_seed + (split == "validation"))
+
+
+def _hold_out(questions: list[Story], percentage: int, seed: int) -> tuple[list[Story], list[Story]]:
+    """The questions of the stories that stay, and those of the stories held out, chosen at random by the seed.
+
+    A story goes to one side with all of its questions, whose facts are largely the same; the percentage is of stories.
+    """
+    numbers = sorted({question.story_id for question in questions})
+    count = len(numbers) * percentage // 100
+    if not 0 < count < len(numbers):
+        raise UsageError(
+            f"holdout_percentage={percentage} of the {len(numbers)} training stories is {count}: there must be "
+            "stories on both sides."
+        )
+    held = set(random.Random(f"holdout {seed}").sample(numbers, count))  # a stream that makes no stories
+    stay = [question for question in questions if question.story_id not in held]
+    return stay, [question for question in questions if question.story_id in held]
+
+
 def _read(path: str, argument: str) -> list[Story]:
     if not Path(path).is_file():
         raise UsageError(f"{argument} {path!r}: no such file (relative paths start at {Path.cwd()}).")
@@ -249,18 +292,6 @@ def _read(path: str, argument: str) -> list[Story]:
         raise UsageError(f"{argument} {path!r} cannot be read as UTF-8 text: {error}.") from error
     except ValueError as error:
         raise UsageError(f"{argument}: {error}") from error
-
-
-def _generate(args: StoryArguments) -> tuple[list[Story], list[Story]]:
-    """Stories for training and evaluation, from different seeds."""
-    try:
-        train, validation = (
-            WorldSettings(args.supporting_facts, stories, facts=args.facts, distractors=args.distractors)
-            for stories in (args.train_stories, args.validation_stories)
-        )
-    except ValueError as error:
-        raise UsageError(f"generated stories: {error}") from error
-    return generate_stories(train, 2 * args.data_seed), generate_stories(validation, 2 * args.data_seed + 1)
 
 
 def _cut(batch: StoryBatch, words: int) -> StoryBatch:

@@ -27,14 +27,14 @@ class Documents:
         rows: a data set in mapped memory, or a stream.
         column: the column with the text.
         name: of the split, for messages.
-        part: of each document: None for all of it; else it is cut after this percentage, and the first or the last
-            part is taken.
+        part: of each document: it is cut after a percentage of its characters and the first or the last part taken,
+            which the next pair cuts in turn; all of it if there is none.
     """
 
     rows: Dataset | IterableDataset
     column: str
     name: str
-    part: tuple[int, Literal["first", "last"]] | None = None
+    part: tuple[tuple[int, Literal["first", "last"]], ...] = ()
 
     def cut(self, text: str | None) -> str:
         """The part of a document that belongs to the split; a missing one is empty.
@@ -46,15 +46,17 @@ class Documents:
             return ""
         if not isinstance(text, str):
             raise UsageError(f"{self.name}: column {self.column!r} holds {type(text).__name__}, expected text.")
-        if self.part is None:
-            return text
-        percentage, which = self.part
-        middle = len(text) * percentage // 100
-        return text[:middle] if which == "first" else text[middle:]
+        for percentage, which in self.part:
+            middle = len(text) * percentage // 100
+            text = text[:middle] if which == "first" else text[middle:]
+        return text
 
 
 def load_documents(args: LanguageModelArguments) -> tuple[Documents, Documents]:
     """The documents to train and to evaluate on.
+
+    What ``holdout_percentage`` holds out is the end of the documents that would be trained on without it: of what
+    ``validation_split_percentage`` and ``max_train_samples`` leave. A validation file or split is not loaded then.
 
     Raises:
         UsageError: a file, split or column cannot be used; the message names it.
@@ -64,14 +66,18 @@ def load_documents(args: LanguageModelArguments) -> tuple[Documents, Documents]:
         _rows(args, args.train_file, "train_file", args.train_split, args.streaming), _column(args), train_name
     )
     _check_column(train)
+    validation = None
     if args.validation_split_percentage is not None:
-        train, validation = _split(train, args.validation_split_percentage)
-    else:
+        train, validation = _split(train, args.validation_split_percentage, "last")
+    train = _first(train, args.max_train_samples)
+    if args.holdout_percentage is not None:
+        train, validation = _split(train, args.holdout_percentage, "held-out")
+    elif validation is None:
         name = args.validation_file or f"{args.dataset_name}, split {args.validation_split}"
         rows = _rows(args, args.validation_file, "validation_file", args.validation_split, False)
         validation = Documents(rows, _column(args, args.validation_file), name)
         _check_column(validation)
-    return _first(train, args.max_train_samples), _first(validation, args.max_eval_samples)
+    return train, _first(validation, args.max_eval_samples)
 
 
 def share_of_stream(documents: Documents, process: int, processes: int, whole_files: bool) -> Documents:
@@ -174,12 +180,16 @@ def _check_column(documents: Documents) -> None:
         )
 
 
-def _split(documents: Documents, percentage: int) -> tuple[Documents, Documents]:
-    """The first documents and the last ``percentage`` of them; a single one is cut at that share of its characters."""
-    name, count = f"{documents.name}, last {percentage} %", len(documents.rows)
-    if count == 1:
-        first = dataclasses.replace(documents, part=(100 - percentage, "first"))
-        return first, dataclasses.replace(documents, part=(100 - percentage, "last"), name=name)
+def _split(documents: Documents, percentage: int, what: str) -> tuple[Documents, Documents]:
+    """The first documents and the last ``percentage`` of them; a single one is cut at that share of its characters.
+
+    The name of the last begins with that of all and says ``what`` they are.
+    """
+    name, count = f"{documents.name}, {what} {percentage} %", len(documents.rows)
+    if count < 2:  # none is refused later, where it has no text
+        first = dataclasses.replace(documents, part=(*documents.part, (100 - percentage, "first")))
+        last = dataclasses.replace(documents, part=(*documents.part, (100 - percentage, "last")), name=name)
+        return first, last
     middle = min(max(1, count * (100 - percentage) // 100), count - 1)
     train = dataclasses.replace(documents, rows=documents.rows.select(range(middle)))
     return train, dataclasses.replace(documents, rows=documents.rows.select(range(middle, count)), name=name)
