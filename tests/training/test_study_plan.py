@@ -57,6 +57,13 @@ def test_runs_are_arms_times_seeds(tmp_path: Path) -> None:
     assert not {run.id for run in other.runs} & {run.id for run in study.runs}
 
 
+def test_a_path_may_name_the_seed(tmp_path: Path) -> None:
+    base = {**STUDY["base"], "distill_from": "teachers/seed{seed}/model"}
+    runs = load_study(write_study(tmp_path, base=base)).runs
+    assert [run.args.distill_from for run in runs] == [f"teachers/seed{run.seed}/model" for run in runs]
+    assert len({run.args.distill_from for run in runs}) == 2
+
+
 def test_settings_that_decide_nothing_do_not_change_an_id(tmp_path: Path) -> None:
     ids = [run.id for run in load_study(write_study(tmp_path)).runs]
     explicit = {"samples": None, "max_grad_norm": 1.0, "checkpointing_steps": 5, "keep_last": 1, "report_to": "all"}

@@ -15,13 +15,17 @@ OWN_KEYS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoin
 
 
 def run_settings(kind: type[RunArguments], settings: dict[str, Any], where: str) -> RunArguments:
-    """The checked settings of a run.
+    """The checked settings of a run; ``{seed}`` in a text among them, such as a path, is the run's seed.
 
     Raises:
         UsageError: a value or a combination that a run would refuse; the message names ``where``.
     """
+    seed = str(settings["seed"])
+    filled = {
+        key: value.replace("{seed}", seed) if isinstance(value, str) else value for key, value in settings.items()
+    }
     try:
-        args = kind(**settings)
+        args = kind(**filled)
         attention_config(args)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
