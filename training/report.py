@@ -12,7 +12,8 @@ the studies as PNG files too.
 Runs of different versions, commits or devices are refused unless ``--allow_mixed`` is given; then they are marked.
 
 ``--claims`` writes what the studies in ``results`` say into the blocks of a Markdown file, each between the lines
-``<!-- claims:NAME -->`` and ``<!-- /claims -->``; with ``--check`` it only compares: exit status 1 if one differs.
+``<!-- claims:NAME -->`` and ``<!-- /claims -->``, those of several side by side after
+``<!-- claims:overview NAME NAME -->``; with ``--check`` it only compares: exit status 1 if one differs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from harness.results import write_atomically
 from study.claims import drifted, update
 from study.figures import plots
 from study.findings import Findings, read_findings
+from study.overview import overview_table
 from study.page import page
 from study.probe import Probe, is_probe, read_probe
 from study.tables import TABLE_FILE, markdown_report
@@ -101,7 +103,9 @@ def write(reports: Sequence[Findings | Probe], output: Path, command: str, figur
     drawn = [item if isinstance(item, Probe) else (item, plots(item)) for item in reports]
     write_atomically(output, page(drawn, command))
     studies = [item for item in drawn if not isinstance(item, Probe)]
-    write_atomically(output.parent / TABLE_FILE, markdown_report([item for item, _ in studies], command))
+    overview = overview_table([item for item, _ in studies])
+    text = "" if overview is None else f"# All answers\n\n{overview.markdown()}\n\n"
+    write_atomically(output.parent / TABLE_FILE, text + markdown_report([item for item, _ in studies], command))
     verdicts = {item.name: [verdict.to_dict() for verdict in item.verdicts] for item, _ in studies}
     write_atomically(output.parent / VERDICTS_FILE, json.dumps(verdicts, indent=1, allow_nan=False) + "\n")
     if figures:

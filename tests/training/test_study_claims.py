@@ -127,3 +127,36 @@ def test_markers_that_are_wrong(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(UsageError, match=message):
         update(path)
     assert path.read_text() == text
+
+
+def test_an_overview_puts_studies_side_by_side(tmp_path: Path) -> None:
+    path = write_readme(tmp_path, "<!-- claims:overview known other -->\n<!-- /claims -->\n")
+    arms = {"plain": {"noise": "none"}, "noisy": {"noise": "gumbel"}}
+    asked = [question("planted", "plain", "noisy"), question("alone", "noisy", "plain")]
+    make_study(tmp_path / "results" / "other", value, arms, modes=("noise_off",), questions=asked)
+    assert update(path) == ["overview"]
+    lines = path.read_text().splitlines()
+    assert "| question | known: accuracy, higher is better | other: accuracy, higher is better |" in lines
+    (row,) = [line for line in lines if line.startswith("| Is it")]
+    assert row.split("|")[2].startswith(" **better** +0.0502 (+0.05 to +0.05)")
+    assert row.split("|")[3].startswith(" **worse** -0.0502 (-0.05 to -0.05)")
+    assert "paired by seed" in path.read_text()
+    assert drifted(path) == []
+    change_a_result(tmp_path)
+    assert drifted(path) == ["overview"]
+
+
+@pytest.mark.parametrize("words", ["overview", "known other", "overview allow_mixed"])
+def test_an_overview_names_its_studies(tmp_path: Path, words: str) -> None:
+    path = write_readme(tmp_path, f"<!-- claims:{words} -->\n<!-- /claims -->\n")
+    with pytest.raises(UsageError, match="claims:overview NAME NAME"):
+        update(path)
+
+
+def test_an_overview_without_a_shared_question_is_refused(tmp_path: Path) -> None:
+    path = write_readme(tmp_path, "<!-- claims:overview known other -->\n<!-- /claims -->\n")
+    arms = {"plain": {"noise": "none"}, "noisy": {"noise": "gumbel"}}
+    asked = [question("alone", "noisy", "plain")]
+    make_study(tmp_path / "results" / "other", value, arms, modes=("noise_off",), questions=asked)
+    with pytest.raises(UsageError, match="no question is asked by two of known, other"):
+        update(path)

@@ -4,7 +4,8 @@
     (what the study in results/NAME says; written by report.py, do not edit)
     <!-- /claims -->
 
-``results`` lies beside the file. ``<!-- claims:NAME allow_mixed -->`` takes runs of mixed versions and marks them.
+``results`` lies beside the file. ``<!-- claims:overview NAME NAME ... -->`` holds the answers of several studies side
+by side. ``allow_mixed`` after the names takes runs of mixed versions and marks them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UsageError
 from harness.results import write_atomically
 from study.findings import Findings, metric_words, read_findings
+from study.overview import overview_table
 from study.tables import correction_note, metric_table, verdict_lines
 
 RESULTS_FOLDER = "results"
-_OPEN = re.compile(r"^<!-- claims:(?P<name>[\w.-]+)(?P<mixed> allow_mixed)? -->\n", re.MULTILINE)
+OVERVIEW = "overview"
+_MIXED = "allow_mixed"
+_OPEN = re.compile(r"^<!-- claims:(?P<words>[\w.-]+(?: [\w.-]+)*) -->\n", re.MULTILINE)
 _CLOSE = "<!-- /claims -->"
 _ANY_OPEN = "<!-- claims:"
 _GLUE = "\x1a"
@@ -28,10 +33,11 @@ _GLUE = "\x1a"
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The claims of one study in a file.
+    """The claims of one study, or of several, in a file.
 
     Attributes:
-        name: folder below ``results``.
+        name: folder below ``results``, or ``overview``.
+        studies: of an overview, the folders.
         allow_mixed: whether runs of mixed versions are taken.
         start: where its text begins in the file.
         end: where it ends.
@@ -39,6 +45,7 @@ class Block:
     """
 
     name: str
+    studies: tuple[str, ...]
     allow_mixed: bool
     start: int
     end: int
@@ -59,8 +66,15 @@ def read_blocks(path: Path) -> list[Block]:
     for found in _OPEN.finditer(content):
         end = content.find(_CLOSE, found.end())
         if end < 0 or _ANY_OPEN in content[found.end() : end]:
-            raise UsageError(f"{path}: the block claims:{found['name']} has no {_CLOSE!r} after it.")
-        blocks.append(Block(found["name"], bool(found["mixed"]), found.end(), end, content[found.end() : end]))
+            raise UsageError(f"{path}: the block claims:{found['words']} has no {_CLOSE!r} after it.")
+        name, *more = found["words"].split(" ")
+        studies = tuple(word for word in more if word != _MIXED)
+        if (name == OVERVIEW) != bool(studies):
+            raise UsageError(
+                f"{path}: expected '<!-- claims:NAME -->' of one study, or '<!-- claims:{OVERVIEW} NAME NAME -->' of "
+                f"several, each with or without {_MIXED}; got {found[0].strip()!r}."
+            )
+        blocks.append(Block(name, studies, _MIXED in more, found.end(), end, content[found.end() : end]))
     if content.count(_ANY_OPEN) != len(blocks) or content.count(_CLOSE) != len(blocks):
         raise UsageError(
             f"{path}: {content.count(_ANY_OPEN)} markers open claims, {content.count(_CLOSE)} close them, and "
@@ -116,9 +130,23 @@ def _wrapped(text: str, indent: str = "") -> str:
     return filled.replace(_GLUE, " ")
 
 
+def overview_text(reports: Sequence[Findings]) -> str:
+    """What a block on several studies holds.
+
+    Raises:
+        UsageError: no question is asked by two of them.
+    """
+    table = overview_table(reports)
+    if table is None:
+        raise UsageError(f"no question is asked by two of {', '.join(findings.name for findings in reports)}.")
+    return f"\n{dataclasses.replace(table, note='').markdown()}\n\n{_wrapped(table.note)}\n\n"
+
+
 def _text_of(path: Path, block: Block) -> str:
-    folder = path.parent / RESULTS_FOLDER / block.name
+    results = path.parent / RESULTS_FOLDER
     try:
-        return claims_text(read_findings(folder, block.allow_mixed))
+        if block.name == OVERVIEW:
+            return overview_text([read_findings(results / name, block.allow_mixed) for name in block.studies])
+        return claims_text(read_findings(results / block.name, block.allow_mixed))
     except UsageError as error:
         raise UsageError(f"{path}, claims:{block.name}: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from study.figures import Plot
 from study.findings import Findings, metric_words, mode_words
+from study.overview import overview_table
 from study.probe import Probe
 from study.tables import (
     Table,
@@ -62,6 +63,8 @@ def page(reports: Sequence[tuple[Findings, Sequence[Plot]] | Probe], command: st
     if len(titles) > 1:
         links = (f'<li><a href="#{_anchor(index)}">{escape(text)}</a></li>' for index, text in enumerate(titles))
         parts.append(f"<ul>{''.join(links)}</ul>")
+        overview = overview_table([report[0] for report in reports if not isinstance(report, Probe)])
+        parts += [f"<h2>All answers</h2>\n{_table(overview)}"] if overview is not None else []
     for index, report in enumerate(reports):
         head = f"<h2>{escape(titles[index])}</h2>" if len(titles) > 1 else ""
         if isinstance(report, Probe):
