@@ -1,12 +1,17 @@
-"""Tells what the hard choices of a fine-tuned classifier are worth, from the folder of its run.
+"""Tells what the hard choices of fine-tuned classifiers are worth, from the folders of their runs.
 
-    python training/hard_heads.py runs/recipe_0 [--max_eval_samples 200]
+    python training/hard_heads.py runs/recipe_0 [MORE ...] [--output results/recipe] [--max_eval_samples 200]
 
-The folder is the ``output_dir`` of a run of finetune.py with ``save_model: true``. On the data that the run was
+A folder is the ``output_dir`` of a run of finetune.py with ``save_model: true``. On the data that the run was
 evaluated on, without noise: the accuracy with 0, 1, ... all layers hard, from the top and from the bottom; with the
 heads fixed to the first token, their own, or one drawn once; and for every head how far its choice depends on the
 text. Everything goes to hard_heads.json in the folder, means over the heads of each layer to the terminal. A model
 that trained with its own attention is made hard for this.
+
+With ``--output`` a summary over arms and seeds goes to that folder: hard_heads.json, hard_heads.md and
+hard_layers.png. Runs in folders ARM-seedN or ARM-seedN-HASH, as ablate.py names those that ``--keep_work`` leaves in
+work/ of a study, are seed N of that arm; any other folder is an arm of its own, with the seed of its settings. All
+must be evaluated on the same data.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +33,40 @@ import gumbel_attention as ga
 from harness.arguments import FinetuneArguments
 from harness.errors import UsageError
 from harness.fixed_keys import KINDS, fix_keys
-from harness.hard_heads import MEASURES, choices_of, dependence, hardness_curves
+from harness.hard_heads import MEASURES, choices_of, dependence, hardness_curves, layer_means
 from harness.models import load_tokenizer
 from harness.parsing import from_mapping, read_yaml
 from harness.results import CONFIG_FILE, environment, write_atomically
 from harness.run import exit_with_status
+from study.hard_layers import JSON_FILE, TABLE_FILE, Measured, Run, check_runs, make_folder, portable, write_summary
 from tasks.classification import evaluate, load_data, make_loaders
 
-REPORT = "hard_heads.json"
 
-
-def measure(run: Path, max_eval_samples: int | None = None) -> dict[str, Any]:
-    """The report on a run's saved model.
+def read_run(folder: Path, max_eval_samples: int | None = None) -> Run:
+    """A run and its settings.
 
     Args:
-        run: its output folder.
+        folder: its output_dir.
         max_eval_samples: evaluates on a subset; None is what the run did.
 
     Raises:
-        UsageError: the folder has no such model, or its data are not to be had.
+        UsageError: the folder has no settings, or no model.
     """
-    args = from_mapping(FinetuneArguments, read_yaml(run / CONFIG_FILE), f"in {run / CONFIG_FILE}")
+    args = from_mapping(FinetuneArguments, read_yaml(folder / CONFIG_FILE), f"in {folder / CONFIG_FILE}")
     if max_eval_samples is not None:
         args = dataclasses.replace(args, max_eval_samples=max_eval_samples)
-    model, patch = _load(run)
+    _is_patched(folder)
+    return Run(folder, args)
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """The report on a run's saved model.
+
+    Raises:
+        UsageError: its folder has no such model, or its data are not to be had.
+    """
+    args = run.args
+    model, patch = _load(run.folder)
     tokenizer = load_tokenizer(args.model_name_or_path, args.cache_dir)
     data = load_data(args, tokenizer)
     accelerator = Accelerator()
@@ -90,39 +107,86 @@ def table(report: dict[str, Any]) -> str:
         "Heads fixed after training: " + ", ".join(f"{name} {value:.4f}" for name, value in controls.items()),
     ]
     lines += ["", f"| layer | {' | '.join(MEASURES)} |", f"|---|{'---|' * len(MEASURES)}"]
-    means = {name: torch.tensor(report["dependence"][name]).mean(1).tolist() for name in MEASURES}
+    means = layer_means(report["dependence"])
     for layer in range(len(means["bits"])):
         lines.append(f"| {layer} | {' | '.join(f'{means[name][layer]:.3f}' for name in MEASURES)} |")
     return "\n".join(lines)
 
 
+def _is_patched(run: Path) -> bool:
+    """Whether the saved model says how it is patched."""
+    with _needs_model(run):
+        if not (run / "model").is_dir():  # else transformers may take the path for a name on the hub
+            raise FileNotFoundError("no such folder")
+        return "gumbel_attention" in PretrainedConfig.get_config_dict(run / "model")[0]
+
+
 def _load(run: Path) -> tuple[Any, Any]:
     """The saved model with a patch whose choice is to be made hard or soft."""
-    folder = run / "model"
-    try:
-        carries = "gumbel_attention" in PretrainedConfig.get_config_dict(folder)[0]
-        if carries:
-            model = ga.from_pretrained(AutoModelForSequenceClassification, folder)
+    patched = _is_patched(run)
+    with _needs_model(run):
+        if patched:
+            model = ga.from_pretrained(AutoModelForSequenceClassification, run / "model")
             return model, ga.patch_of(model)
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{str(folder)!r}: no model that a run with save_model: true has written: {error}") from error
+        model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     return model, ga.patch_model(model, ga.GumbelAttentionConfig(noise="none"))
+
+
+@contextmanager
+def _needs_model(run: Path) -> Iterator[None]:
+    """Within this context a model that cannot be read is the user's mistake."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{str(run / 'model')!r}: no model that a run with save_model: true has written: {error}"
+        ) from error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run with save_model: true")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write a summary over the runs there")
+    parser.add_argument("--max_eval_samples", type=int, help="evaluate on a subset of this size")
+    return parser.parse_args(argv)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures all runs, writes and prints.
+
+    Raises:
+        UsageError: a run cannot be measured, or the runs make no summary.
+    """
+    runs = [read_run(folder, args.max_eval_samples) for folder in args.runs]
+    if args.output is not None:
+        check_runs(runs)
+        make_folder(args.output, runs)
+    measured = []
+    for run in runs:
+        found = measure(run)
+        write_atomically(run.folder / JSON_FILE, json.dumps(found, indent=1) + "\n")
+        print(table(found) if len(runs) == 1 else f"{run.name}\n\n{table(found)}\n", flush=True)
+        measured.append(Measured(run, found))
+    if args.output is not None:
+        write_summary(measured, args.output, portable_command(args))
+        print(f"\nSummary: {args.output / TABLE_FILE}, numbers and plot beside it")
+
+
+def portable_command(args: argparse.Namespace) -> str:
+    """The command that repeats this call, without absolute folders."""
+    words = ["python", "training/hard_heads.py", *(portable(path.as_posix()) for path in args.runs)]
+    if args.output is not None:
+        words += ["--output", portable(args.output.as_posix())]
+    if args.max_eval_samples is not None:
+        words += ["--max_eval_samples", str(args.max_eval_samples)]
+    return shlex.join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, measures, writes and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="output_dir of a run with save_model: true")
-    parser.add_argument("--max_eval_samples", type=int, help="evaluate on a subset of this size")
-    args = parser.parse_args(argv)
-
-    def report() -> None:
-        found = measure(args.run, args.max_eval_samples)
-        write_atomically(args.run / REPORT, json.dumps(found, indent=1) + "\n")
-        print(table(found))
-
-    exit_with_status("hard_heads.py", report)
+    args = parse_args(argv)
+    exit_with_status("hard_heads.py", lambda: report(args))
 
 
 if __name__ == "__main__":

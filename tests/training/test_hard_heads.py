@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,68 @@ def test_the_script_reports_on_a_run(
     assert set(report["accuracy_with_fixed_keys"]) == {"first", "own", "random"}
     assert torch.tensor(report["dependence"]["differs"]).shape == (2, 2)
     assert "| hard layers | 0 | 1 | 2 |" in capsys.readouterr().out
+
+
+def test_the_script_sums_up_two_seeds_of_two_arms(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"softmax": {"attention": "unpatched"}, "hardened": {"hard": True, "noise": "none"}}
+    folders = [str(tmp_path / "work" / f"{arm}-seed{seed}-1a2b3c4d") for arm in arms for seed in (0, 1)]
+    for number, folder in enumerate(folders):
+        arm, seed = list(arms.values())[number // 2], number % 2
+        run(settings, save_model=True, output_dir=folder, seed=seed, learning_rate=0.01 * (1 + seed), **arm)
+    summary = tmp_path / "summary"
+    hard_heads.main([*folders, "--output", str(summary), "--max_eval_samples", "10"])
+    reports = [json.loads(Path(folder, "hard_heads.json").read_text()) for folder in folders]
+    assert [report["sentences"] for report in reports] == [10] * 4
+    content = json.loads((summary / "hard_heads.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in content["runs"]] == [
+        ("softmax", 0),
+        ("softmax", 1),
+        ("hardened", 0),
+        ("hardened", 1),
+    ]
+    text = (summary / "hard_heads.md").read_text()
+    for number, (row, report) in enumerate(zip(content["runs"], reports, strict=True)):
+        assert row["accuracy_by_hard_layers"] == report["accuracy_by_hard_layers"]
+        assert row["dependence"]["differs"][1] == pytest.approx(sum(report["dependence"]["differs"][1]) / 2)
+        if number % 2 == 0:
+            curves = [found["accuracy_by_hard_layers"]["bottom_up"] for found in reports[number : number + 2]]
+            cells = [f"{(a + b) / 2:.4f} ± {12.706205 * abs(a - b) / 2:.4f}" for a, b in zip(*curves, strict=True)]
+            assert f"| {row['arm']} | bottom up | {' | '.join(cells)} |" in text
+    assert "`python training/hard_heads.py softmax-seed0-1a2b3c4d" in text
+    assert "--output summary --max_eval_samples 10`" in text
+    assert str(tmp_path) not in text + json.dumps(content)
+    assert (summary / "hard_layers.png").read_bytes().startswith(b"\x89PNG")
+    assert "hardened-seed1-1a2b3c4d\n\n| hard layers | 0 | 1 | 2 |" in capsys.readouterr().out
+
+
+def test_runs_that_make_no_summary_are_refused_before_anything_is_measured(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, same, other, bare = (str(tmp_path / name) for name in ("a-seed0-11", "a-seed0-22", "a-seed1", "a-seed2"))
+    run(settings, save_model=True, max_train_steps=1, output_dir=first)
+    for copy in (same, other, bare):
+        shutil.copytree(first, copy)
+    config = Path(other, "config.yaml")
+    config.write_text(config.read_text().replace("dev.tsv", "train.tsv"))
+    shutil.rmtree(Path(bare, "model"))
+    (tmp_path / "file").write_text("")
+
+    def refused(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            hard_heads.main(list(words))
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    new = str(tmp_path / "new")
+    assert "arm 'a', seed 0" in refused(first, same, "--output", new)
+    assert "different data: data: file " in refused(first, other, "--output", new)
+    assert "save_model: true" in refused(first, bare, "--output", new)
+    assert not Path(new).exists()
+    assert "cannot be made: File exists" in refused(first, "--output", str(tmp_path / "file"))
+    assert "is the folder of a run" in refused(first, "--output", first)
+    assert not list(tmp_path.rglob("hard_heads.json"))
 
 
 def test_a_folder_without_a_saved_model_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -95,6 +96,11 @@ def dependence(choices: Sequence[Tensor]) -> dict[str, Tensor]:
         for name in ("varies", "differs", "bits")
     }
     return means | _places(choices)
+
+
+def layer_means(measures: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, list[float]]:
+    """The mean over the heads of each layer, of measures as lists (layers, heads)."""
+    return {name: [math.fsum(heads) / len(heads) for heads in layers] for name, layers in measures.items()}
 
 
 def _compare(group: Tensor) -> dict[str, Tensor]:
