@@ -131,6 +131,8 @@ def draw_estimates(
         beside = offset_copy(axes.transData, axes.figure, x=5, units="points")
         for x, value in found:
             axes.plot([x] * len(value.values), value.values, ".", color="0.45", markersize=4, transform=beside)
+            axes.update_datalim([(x, single) for single in value.values])  # dots beside their place do not count in it
+    axes.autoscale_view()
     axes.grid(axis="y", color="0.9")
 
 

@@ -258,9 +258,6 @@ def plot(measured: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes, layers = figure.subplots(), measured[0].layers
     draw_estimates(axes, points, list(points))
-    seeds = [value for values in lines.values() for found in values for value in found.values]
-    axes.update_datalim([(0, min(seeds)), (0, max(seeds))])  # dots that stand beside their place do not count in it
-    axes.autoscale_view()
     single = axes.plot([], [], ".", color="0.45", markersize=4)
     axes.set_xticks(range(layers + 1))
     axes.set_xlabel(f"hard layers, of {layers} (lines beside each other for legibility)")
