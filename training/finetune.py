@@ -17,16 +17,18 @@ metrics of a run that was not. SIGTERM or SIGINT lets it finish the step, save a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
+from harness.choice_transfer import Transfer, transfer_choices
 from harness.distillation import Distillation, check_states, load_teacher
 from harness.fixed_noise import noise_of_examples, split_index
 from harness.loop import TrainingRecord, loss_of_model
@@ -63,6 +65,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def __init__(self, args: FinetuneArguments) -> None:
         self.args = args
+        self.transfer: Transfer | None = None
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Tokenises; a data set is told from others by its token and label ids."""
@@ -93,6 +96,16 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
             check_states(model, self.distillation.teacher)
         return model
 
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        """Lets the scores learn to choose, if so configured, on training batches in an order of their own."""
+        args = self.args
+        if not args.choice_steps:
+            return
+        order = torch.Generator().manual_seed(args.seed)
+        batches, _ = make_loaders(self.data, args, self.tokenizer, order)
+        model.to(PartialState().device)
+        self.transfer = transfer_choices(model, batches, args.choice_steps, args.choice_learning_rate, args.layers)
+
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Cross entropy; of the score function its own loss, and with a teacher that of the distillation."""
         args = self.args
@@ -121,8 +134,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def facts(self) -> dict[str, Any]:
-        """The names of the labels."""
-        return {"label_names": self.data.label_names}
+        """The names of the labels, and how the scores were prepared, unless a checkpoint had them."""
+        known: dict[str, Any] = {"label_names": self.data.label_names}
+        return known if self.transfer is None else known | {"choice_transfer": dataclasses.asdict(self.transfer)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -236,15 +236,22 @@ class FinetuneArguments(RunArguments):
         0.0, "of the distance between the hidden states of both, relative to the teacher's"
     )
 
+    choice_steps: int = setting(
+        0,
+        "batches, before the training, in which scores learn to choose the key whose value is nearest to the average",
+    )
+    choice_learning_rate: float = setting(1e-3, "of choice_steps, at the first of them")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_setting(self, "holdout_percentage", "from 1 to 99", lambda value: 0 < value < 100)
         for name in ("max_length", "max_train_samples", "max_eval_samples"):
             check_setting(self, name, "> 0", lambda value: value > 0)
-        for name in ("data_seed", "distill_hidden"):
+        for name in ("data_seed", "distill_hidden", "choice_steps"):
             check_setting(self, name, ">= 0", lambda value: value >= 0)
         check_setting(self, "distill_weight", "in [0, 1]", lambda value: 0 <= value <= 1)
-        check_setting(self, "distill_temperature", "> 0", lambda value: value > 0)
+        for name in ("distill_temperature", "choice_learning_rate"):
+            check_setting(self, name, "> 0", lambda value: value > 0)
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
@@ -256,6 +263,8 @@ class FinetuneArguments(RunArguments):
             raise UsageError("fixed_noise needs attention: gumbel, and noise.")
         if self.fixed_noise and self.gradient_checkpointing:
             raise UsageError("fixed_noise and gradient_checkpointing exclude each other: recomputation has no seeds.")
+        if self.choice_steps and (self.attention == "unpatched" or not self.hard):
+            raise UsageError(f"choice_steps={self.choice_steps} prepares a hard choice: it needs gumbel, hard: true.")
         if self.distill_from is not None and self.estimator == "score_function":
             raise UsageError("distill_from and estimator=score_function exclude each other: its loss is another one.")
         if self.distill_from is not None and self.distill_weight == self.distill_hidden == 0.0:

@@ -50,7 +50,8 @@ class Task(Protocol):
 
     One whose ``compute_loss`` is no mean over examples has a method ``weight``: batch -> what it is a mean over, such
     as the number of tokens, as a 0-d tensor. One whose ``compute_loss`` honours ``estimator: score_function`` has a
-    true attribute ``samples_loss``.
+    true attribute ``samples_loss``. A method ``prepare_model`` changes the weights of a model that begins its
+    training, before it is patched.
 
     Attributes:
         card: what the model card says of its models.
@@ -164,6 +165,9 @@ def _run(
     set_seed(args.seed)  # every arm of a study starts from the same weights
     with _reading_weights(args):
         model = task.make_model()
+    prepare = getattr(task, "prepare_model", None)
+    if prepare is not None and checkpoint is None:
+        prepare(model)
     steps = total_steps(args, len(train_loader))
     attention = control_attention(model, args, config, steps)
     if args.gradient_checkpointing:

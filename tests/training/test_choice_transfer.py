@@ -1,0 +1,128 @@
+"""Scores that learn which key to read in the average's place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import run
+from torch import Tensor
+
+import gumbel_attention as ga
+from gumbel_attention.arguments import attention_problem
+from harness.arguments import FinetuneArguments
+from harness.choice_transfer import Transfer, _distances, choice_loss, transfer_choices
+from harness.errors import UsageError
+from models import build
+
+
+def problem(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None = None) -> Any:
+    return attention_problem(query, key, value, keep, 0.0, False, 1.0, False, noise="none")
+
+
+def batches(rows: int = 6, length: int = 7) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 50, (4, rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[:, 0, 4:] = 0
+    return [{"input_ids": i, "attention_mask": m, "labels": torch.zeros(rows)} for i, m in zip(ids, mask, strict=True)]
+
+
+def test_the_nearest_value_is_the_target_not_that_of_the_largest_weight() -> None:
+    query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.9, 0.0]).view(1, 1, 3, 1)
+    value = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.5, 0.5]]).view(1, 1, 3, 2)
+    scores = torch.tensor([1.0, 0.9, 0.0])
+    average = scores.softmax(0) @ value[0, 0]
+    distances, counted = _distances(problem(query, key, value))
+    torch.testing.assert_close(distances[0, 0, 0], (value[0, 0] - average).square().sum(-1))
+    assert counted.all()
+    assert distances.argmin() == 2, "the control: the largest weight is that of key 0"
+    found = choice_loss(problem(query, key, value), problem(query, key, value))
+    torch.testing.assert_close(found, -scores.log_softmax(0)[2])
+
+
+def test_hidden_keys_are_no_targets_and_padding_does_not_count() -> None:
+    keep = torch.tensor([True, True, False]).view(1, 1, 1, 3)
+    query = torch.randn(1, 2, 3, 4)
+    value = torch.randn(1, 2, 3, 4)
+    value[:, :, 2] = torch.nan
+    distances, counted = _distances(problem(query, query.clone(), value, keep))
+    assert distances[..., 2].isinf().all()
+    assert distances[..., :2].isfinite().all()
+    assert counted.tolist() == [[[True, True, False]] * 2]
+
+
+def test_only_what_makes_queries_and_keys_learns() -> None:
+    model = build("bert").train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    found = transfer_choices(model, batches(), 12, 1e-2)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert all(".query." in name or ".key." in name for name in changed)
+    assert {name.split("layer.")[1][0] for name in changed} == {"0", "1"}
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.steps == 12
+    with pytest.raises(ValueError, match="patch"):
+        ga.patch_of(model)
+
+
+def test_the_keys_chosen_come_closer_to_the_averages() -> None:
+    one = batches(rows=16)[:1]
+    found = transfer_choices(build("bert"), one, 60, 1e-2)
+    for layer in range(2):
+        assert found.before.least_error[layer] <= found.before.error[layer]
+        assert found.after.agreement[layer] > found.before.agreement[layer] + 0.1
+        assert found.after.error[layer] < found.before.error[layer]
+    still = transfer_choices(build("bert"), one, 60, 1e-12)  # the control: the same without learning
+    assert still.after.agreement == pytest.approx(still.before.agreement, abs=1e-3)
+
+
+def test_layers_that_stay_soft_stay_as_they_are() -> None:
+    model = build("bert")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    found = transfer_choices(model, batches(), 3, 1e-2, layers=(-1,))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name.split("layer.")[1][0] for name in changed} == {"1"}
+    assert len(found.after.error) == 1
+
+
+def test_a_run_prepares_its_scores_once(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import finetune
+
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Transfer:
+        calls.append(1)
+        return transfer_choices(*args)
+
+    monkeypatch.setattr(finetune, "transfer_choices", counted)
+    hard = settings | {"hard": True, "noise": "none", "choice_steps": 4}
+    run(hard, checkpointing_steps=2, keep_last=None, save_model=True)
+    known = json.loads((tmp_path / "run" / "results.json").read_text())["choice_transfer"]
+    assert known["steps"] == 4
+    assert len(known["after"]["error"]) == len(known["before"]["agreement"]) == 2
+    whole = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    args = {**hard, "save_model": True, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": checkpoint}
+    finetune.run(FinetuneArguments(**args))
+    assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == whole
+    assert calls == [1], "a checkpoint has what was prepared"
+    run(settings | {"hard": True, "noise": "none"}, save_model=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != whole, "the control: without it"
+
+
+@pytest.mark.parametrize("changes", [{"hard": False}, {"attention": "unpatched"}])
+def test_a_choice_that_is_never_made_is_refused(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="choice_steps=5"):
+        FinetuneArguments(**{**settings, "hard": True, "choice_steps": 5, **changes})
+    for name, value in (("choice_steps", -1), ("choice_learning_rate", 0.0)):
+        with pytest.raises(UsageError, match=name):
+            FinetuneArguments(**{**settings, "hard": True, name: value})
