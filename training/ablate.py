@@ -6,7 +6,8 @@
 The file holds ``base`` (settings of the script), ``arms`` (name: settings that differ), ``seeds``, ``output_dir`` and,
 where they are not finetune.py and its accuracy, ``script`` (its name without .py) and ``metric``; further ``title``,
 ``reference`` (the arm to compare with), ``questions`` (planned comparisons) and ``search`` (a learning rate for each
-arm, from the same small grid, on other data than the study evaluates on). Unknown and repeated keys are refused.
+arm, or for some, from the same small grid, on other data than the study evaluates on). Unknown and repeated keys are
+refused. ``{seed}`` in a text setting, such as a path, is the seed of the run.
 
 ``output_dir`` holds study.yaml, a copy of the file with all defaults; runs/ID.json for every finished run, written
 whole or not at all; the same of the search in search/, with what it chose in search/chosen.json; failed/ID.json with
@@ -139,8 +140,7 @@ def run_study(study: Study, select: Callable[[PlannedRun], bool], options: Optio
         progress = Progress([*search_runs, *filter(select, study.runs)])
         failures |= run_all(search_runs, study.title, progress, options)
         study = _with_search(study, {run.arm for run in search_runs}, failures, options)
-    unsettled = {arm for arm in study.arms if study.search is not None and arm not in study.chosen}
-    runs = [run for run in study.runs if select(run) and run.arm not in unsettled]
+    runs = [run for run in study.runs if select(run) and run.arm not in study.unsettled]
     progress = Progress([*search_runs, *runs])
     failures |= run_all(runs, study.title, progress, options)
     options.tell(f"\n{write_table(study)}\nin {study.output_dir / TABLE_FILE}")
@@ -175,7 +175,7 @@ def print_plan(study: Study, select: Callable[[PlannedRun], bool], jobs: int) ->
     threads = threads_per_run(jobs)
     for run in runs:
         state = "finished" if is_row(run.row) else "to run"
-        open_choice = study.search is not None and not run.choice and run.arm not in study.chosen
+        open_choice = not run.choice and run.arm in study.unsettled
         later = f"; its {', '.join(study.search.grid)} is chosen first" if open_choice and study.search else ""
         print(f"{run.id} ({state}{later})\n    {shlex.join(launch_command(run, threads))}")
     progress = Progress(runs)

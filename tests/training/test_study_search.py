@@ -95,9 +95,29 @@ def test_one_arm_alone_and_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "(to run)\n" in out
 
 
+def test_some_arms_may_keep_what_the_base_says(tmp_path: Path) -> None:
+    path = write_study(tmp_path, search={**SEARCH, "arms": ["plain"]})
+    study = load_study(path)
+    assert study.search is not None
+    assert {run.arm for run in study.search.runs} == {"plain"}
+    assert study.unsettled == ["plain"]
+    starter = StubStarter(value=peak(2e-4))
+    assert ablate.main(["--config", path], starter) == 0
+    assert len(starter.started) == 6 + 4
+    rates = {row.arm: row.config["learning_rate"] for row in read_rows(tmp_path / "out")}
+    assert rates == {"soft": study.runs[0].args.learning_rate, "plain": 2e-4}
+    again = read_study(tmp_path / "out")
+    assert again.search is not None
+    assert again.search.arms == ("plain",)
+    assert again.unsettled == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"arms": ["plain", "sotf"]}, r"arms in search of .* expected some of soft, plain, none twice"),
+        ({"arms": []}, "arms in search of"),
+        ({"arms": ["plain", "plain"]}, "none twice"),
         ({"seeds": [1, 100]}, r"seeds in search of .*: \[1\] are seeds of the study too"),
         ({"settings": {}}, "evaluated on the study's own evaluation data"),
         ({"settings": {"validation_file": "./x/../b.tsv"}}, "evaluated on the study's own evaluation data"),

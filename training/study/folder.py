@@ -93,6 +93,8 @@ def study_content(study: Study) -> dict[str, Any]:
     if search is not None:
         content["search"] = {"grid": search.grid, "seeds": search.seeds, "mode": search.mode}
         content["search"]["settings"] = search.settings
+        if len(search.arms) < len(study.arms):
+            content["search"]["arms"] = list(search.arms)
     content["questions"] = [
         {
             "id": question.id,

@@ -30,7 +30,7 @@ _STUDY_KEYS = (
 )
 ADDED = ("planned", "chosen")
 """What study.yaml has beside the keys of a study's file; passed over, so that such a copy can be run too."""
-_SEARCH_KEYS = ("grid", "seeds", "settings", "mode")
+_SEARCH_KEYS = ("grid", "seeds", "settings", "mode", "arms")
 _NOT_IN_ID = (*OWN_KEYS[1:], "checkpointing_steps", "keep_last", "report_to", "project_name")
 
 
@@ -82,7 +82,7 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The same small grid for every arm, on other evaluation data than the study's.
+    """The same small grid for every arm, or for some, on other evaluation data than the study's.
 
     Attributes:
         grid: setting -> values, ascending.
@@ -90,6 +90,7 @@ class Search:
         mode: the evaluation mode whose metric is compared.
         settings: differences from the base, under every arm.
         runs: all of them, arm by arm.
+        arms: those that are searched; the others keep the base's values.
     """
 
     grid: dict[str, tuple[float, ...]]
@@ -97,6 +98,7 @@ class Search:
     mode: str
     settings: dict[str, Any]
     runs: tuple[PlannedRun, ...]
+    arms: tuple[str, ...]
 
     def choices(self) -> list[dict[str, float]]:
         """Every combination of the grid's values, smaller ones first."""
@@ -136,6 +138,11 @@ class Study:
     search: Search | None = None
     questions: tuple[Question, ...] = ()
     chosen: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def unsettled(self) -> list[str]:
+        """The arms that wait for what the search chooses for them."""
+        return [] if self.search is None else [arm for arm in self.search.arms if arm not in self.chosen]
 
     def with_chosen(self, chosen: Mapping[str, Mapping[str, float]]) -> Study:
         """The study with what its search chose for some or all arms."""
@@ -326,11 +333,12 @@ def _search(
     if shared:
         raise UsageError(f"seeds in {where}: {shared} are seeds of the study too; the search needs others.")
     settings = own_settings(kind, content.get("settings"), f"settings of {where}")
-    grid = read_grid(content.get("grid"), kind, arms, settings, where)
+    searched = _searched_arms(content.get("arms"), arms, where)
+    grid = read_grid(content.get("grid"), kind, searched, settings, where)
     mode = content.get("mode", NOISE_OFF)
-    search = Search(grid, seeds, mode, settings, ())
+    search = Search(grid, seeds, mode, settings, (), tuple(searched))
     runs = []
-    for arm, differences in arms.items():
+    for arm, differences in searched.items():
         here = f"arm {arm!r} in the {where}"
         plain = run_settings(kind, {**base, **differences, "seed": study_seeds[0]}, here)
         if mode not in modes_of(plain):
@@ -340,3 +348,12 @@ def _search(
             check_other_evaluation_data(args, plain, here)
             runs.append(plan_run(arm, args, output_dir, script, choice))
     return dataclasses.replace(search, runs=tuple(runs))
+
+
+def _searched_arms(names: Any, arms: Mapping[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    """The arms of that names, in the order of the study; None is all of them."""
+    if names is None:
+        return dict(arms)
+    if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names) or set(names) - set(arms):
+        raise UsageError(f"arms in {where}: expected some of {', '.join(arms)}, none twice, got {names!r}.")
+    return {arm: differences for arm, differences in arms.items() if arm in names}

@@ -35,7 +35,7 @@ def evaluate_search(study: Study) -> dict[str, ArmSearch]:
     """What the finished runs of the study's search say, arm by arm; empty without a search."""
     if study.search is None:
         return {}
-    return {arm: _evaluate_arm(study, arm) for arm in study.arms}
+    return {arm: _evaluate_arm(study, arm) for arm in study.search.arms}
 
 
 def chosen_so_far(study: Study) -> dict[str, dict[str, float]]:
