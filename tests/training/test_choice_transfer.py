@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import run
 from torch import Tensor
+from transformers import AlbertConfig, AlbertModel
 
 import gumbel_attention as ga
 from gumbel_attention.arguments import attention_problem
@@ -90,6 +91,21 @@ def test_layers_that_stay_soft_stay_as_they_are() -> None:
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert {name.split("layer.")[1][0] for name in changed} == {"1"}
     assert len(found.after.error) == 1
+
+
+def test_layers_that_are_shared_or_have_sinks_are_refused() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    shared = AlbertModel(AlbertConfig(vocab_size=50, embedding_size=8, **sizes))
+    for model, message in ((shared, "called 2 times"), (build("gpt_oss"), "with a sink")):
+        with pytest.raises(UsageError, match=message):
+            transfer_choices(model, [{"input_ids": torch.randint(5, 50, (2, 6))}], 1, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "distilbert"])
+def test_other_architectures(name: str) -> None:
+    ids = torch.randint(5, 50, (6, 9), generator=torch.Generator().manual_seed(0))
+    found = transfer_choices(build(name), [{"input_ids": ids}], 30, 1e-2)
+    assert all(after < before for before, after in zip(found.before.error, found.after.error, strict=True))
 
 
 def test_a_run_prepares_its_scores_once(

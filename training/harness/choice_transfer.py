@@ -19,6 +19,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,19 +129,24 @@ class _Pair:
         """For each layer what it is asked by the model and by its copy, from the copy's inputs."""
         device = next(self.teacher.parameters()).device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        calls: list[tuple[Any, Any]] = []
+        calls: list[list[tuple[Any, Any]]] = [[] for _ in self._layers]
         with ExitStack() as stack:
             asked = [stack.enter_context(_listening(state)) for _, _, _, state in self._layers]
-            for _, _, layer, _ in self._layers:
-                hook = layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            for (_, _, layer, _), own in zip(self._layers, calls, strict=True):
+                hook = layer.register_forward_pre_hook(partial(_keep, own), with_kwargs=True)
                 stack.callback(hook.remove)
             with torch.no_grad():
                 self.teacher(**inputs)
-        for (layer, state, _, _), (args, kwargs), theirs in zip(self._layers, calls, asked, strict=True):
+        for (layer, state, _, _), own, theirs in zip(self._layers, calls, asked, strict=True):
+            _check(own, theirs)
+            args, kwargs = own[0]
             with _listening(state) as ours:
                 layer(*args, **kwargs)
-            _check(ours)
             yield ours[0], theirs[0]
+
+
+def _keep(calls: list[tuple[Any, Any]], _: nn.Module, args: Any, kwargs: Any) -> None:
+    calls.append((args, kwargs))
 
 
 def _of(teacher: nn.Module, name: str) -> tuple[nn.Module, AttentionState]:
@@ -162,12 +168,15 @@ def _listening(state: AttentionState) -> Iterator[list[AttentionProblem]]:
         state.observers = tuple(other for other in state.observers if other is not observer)
 
 
-def _check(calls: list[AttentionProblem]) -> None:
-    if len(calls) != 1 or calls[0].sinks is not None:
-        raise UsageError(
-            "choice_steps: expected layers that are asked once and have no sink; got "
-            f"{len(calls)} calls{' with a sink' if calls and calls[0].sinks is not None else ''}."
-        )
+def _check(calls: list[tuple[Any, Any]], asked: list[AttentionProblem]) -> None:
+    """Raises UsageError unless a layer was called once, asked for attention once, and has no sink."""
+    if len(calls) == len(asked) == 1 and asked[0].sinks is None:
+        return
+    sink = " with a sink" if asked and asked[0].sinks is not None else ""
+    raise UsageError(
+        f"choice_steps prepares layers that a forward pass calls once, without sinks; one was called {len(calls)} "
+        f"times and asked for attention {len(asked)} times{sink}. Set choice_steps: 0."
+    )
 
 
 def _scores(problem: AttentionProblem) -> Tensor:
