@@ -50,7 +50,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What :func:`transfer_choices` did: its steps and seconds, and the last batches before and after it."""
+    """What :func:`transfer_choices` did: steps, seconds, its first batch before it and its last batch after it."""
 
     steps: int
     seconds: float
@@ -191,11 +191,11 @@ def _scores(problem: AttentionProblem) -> Tensor:
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def _average(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """What the scores average to (B, H, Lq, Dv), and the values (B, H, Lk, Dv), in float32."""
+def _average(problem: AttentionProblem, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """What the problem's scores average to (B, H, Lq, Dv), and the values (B, H, Lk, Dv), in float32."""
     _, value = problem.hidden_keys_and_values()
     value = value.float().repeat_interleave(problem.query.shape[1] // value.shape[1], 1)
-    return _scores(problem).softmax(-1).nan_to_num() @ value, value
+    return scores.softmax(-1).nan_to_num() @ value, value
 
 
 @torch.no_grad()
@@ -204,12 +204,13 @@ def _distances(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
     Those whose own key no query sees are padding.
     """
-    hidden = _scores(problem) == -torch.inf
+    scores = _scores(problem)
+    hidden = scores == -torch.inf
     counted = ~hidden.all(-1)
     seen = problem.seen_keys()
     if seen is not None and problem.query.shape[2] == problem.key.shape[2]:
         counted = counted & seen
-    return torch.cdist(*_average(problem)).square().masked_fill(hidden, torch.inf), counted
+    return torch.cdist(*_average(problem, scores)).square().masked_fill(hidden, torch.inf), counted
 
 
 @torch.no_grad()
@@ -217,7 +218,7 @@ def _agreement(problems: list[tuple[AttentionProblem, AttentionProblem]]) -> Agr
     rows = []
     for ours, theirs in problems:
         distances, counted = _distances(theirs)
-        power = _average(theirs)[0].square().sum(-1)[counted].sum()
+        power = _average(theirs, _scores(theirs))[0].square().sum(-1)[counted].sum()
         keys = _scores(ours).argmax(-1), distances.argmin(-1)
         errors = [torch.take_along_dim(distances, key[..., None], -1)[..., 0][counted].sum() / power for key in keys]
         rows.append([(keys[0] == keys[1])[counted].float().mean().item(), *(error.item() for error in errors)])
