@@ -36,7 +36,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -174,17 +174,12 @@ def collect_diagnostics(model: nn.Module, rows: int = 16) -> Iterator[CollectedD
         )
     names = {name: _IN_LAYER.sub("", name) for name in states}
     collected = CollectedDiagnostics(list(names.values()), rows)
-    observers = []
-    for name, state in states.items():
-        one_sequence = _may_be_one_sequence(model.get_submodule(names[name]), names[name])
-        observer = partial(collected.add, names[name], _selected(state), one_sequence)
-        state.observers = (*state.observers, observer)
-        observers.append((state, observer))
-    try:
+    with ExitStack() as stack:
+        for name, state in states.items():
+            one_sequence = _may_be_one_sequence(model.get_submodule(names[name]), names[name])
+            observer = partial(collected.add, names[name], _selected(state), one_sequence)
+            stack.enter_context(state.observed(observer))
         yield collected
-    finally:
-        for state, observer in observers:
-            state.observers = tuple(other for other in state.observers if other is not observer)
 
 
 def _may_be_one_sequence(module: nn.Module, name: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,15 @@ class AttentionState(nn.Module):
             size = num_heads if config.learn_tau == "head" else 1
             start = torch.full((size,), math.log(config.tau), dtype=torch.float32, device=device)
             self.log_tau = nn.Parameter(start)
+
+    @contextmanager
+    def observed(self, observer: Callable[[AttentionProblem], None]) -> Iterator[None]:
+        """Within this context ``observer`` is told of each call; contexts may end in any order."""
+        self.observers = (*self.observers, observer)
+        try:
+            yield
+        finally:
+            self.observers = tuple(other for other in self.observers if other is not observer)
 
     @property
     def tau(self) -> Tensor:

@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -160,12 +160,8 @@ def _of(teacher: nn.Module, name: str) -> tuple[nn.Module, AttentionState]:
 def _listening(state: AttentionState) -> Iterator[list[AttentionProblem]]:
     """Within this context every call of the layer is kept in the list."""
     calls: list[AttentionProblem] = []
-    observer: Callable[[AttentionProblem], None] = calls.append
-    state.observers = (*state.observers, observer)
-    try:
+    with state.observed(calls.append):
         yield calls
-    finally:
-        state.observers = tuple(other for other in state.observers if other is not observer)
 
 
 def _check(calls: list[tuple[Any, Any]], asked: list[AttentionProblem]) -> None:
