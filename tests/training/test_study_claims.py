@@ -146,6 +146,13 @@ def test_an_overview_puts_studies_side_by_side(tmp_path: Path) -> None:
     assert drifted(path) == ["overview"]
 
 
+def test_an_overview_of_one_study_has_all_its_answers(tmp_path: Path) -> None:
+    path = write_readme(tmp_path, "<!-- claims:overview known -->\n<!-- /claims -->\n")
+    assert update(path) == ["overview"]
+    rows = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| Is it planted? | **better** +0.0502 (+0.05 to +0.05) |"]
+
+
 @pytest.mark.parametrize("words", ["overview", "known other", "overview allow_mixed"])
 def test_an_overview_names_its_studies(tmp_path: Path, words: str) -> None:
     path = write_readme(tmp_path, f"<!-- claims:{words} -->\n<!-- /claims -->\n")

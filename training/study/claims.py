@@ -5,7 +5,8 @@
     <!-- /claims -->
 
 ``results`` lies beside the file. ``<!-- claims:overview NAME NAME ... -->`` holds the answers of several studies side
-by side. ``allow_mixed`` after the names takes runs of mixed versions and marks them.
+by side, to questions that two of them ask; of one study, all its answers. ``allow_mixed`` after the names takes runs of
+mixed versions and marks them.
 """
 
 from __future__ import annotations
@@ -131,12 +132,12 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def overview_text(reports: Sequence[Findings]) -> str:
-    """What a block on several studies holds.
+    """What a block on one study or several holds: the table of their answers, without the arms.
 
     Raises:
-        UsageError: no question is asked by two of them.
+        UsageError: there are several, and no question is asked by two of them.
     """
-    table = overview_table(reports)
+    table = overview_table(reports, asked_by=min(2, len(reports)))
     if table is None:
         raise UsageError(f"no question is asked by two of {', '.join(findings.name for findings in reports)}.")
     return f"\n{dataclasses.replace(table, note='').markdown()}\n\n{_wrapped(table.note)}\n\n"

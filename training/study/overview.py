@@ -10,8 +10,8 @@ from study.tables import NOTHING, Table
 from study.verdicts import Verdict, direction
 
 
-def overview_table(reports: Sequence[Findings]) -> Table | None:
-    """Questions by studies; None if no question is asked by two of them.
+def overview_table(reports: Sequence[Findings], asked_by: int = 2) -> Table | None:
+    """Questions by studies; None if no question is asked by so many of them.
 
     A question is known by its id; its text is that of the first study that asks it.
     """
@@ -21,7 +21,7 @@ def overview_table(reports: Sequence[Findings]) -> Table | None:
         for question in findings.study.questions:
             texts.setdefault(question.id, question.text)
             asked[question.id] = asked.get(question.id, 0) + 1
-    shared = [name for name in texts if asked[name] > 1]
+    shared = [name for name in texts if asked[name] >= asked_by]
     if not shared:
         return None
     rows = [[texts[name], *(_cell(findings, name) for findings in reports)] for name in shared]
