@@ -5,8 +5,8 @@
     <!-- /claims -->
 
 ``results`` lies beside the file. ``<!-- claims:overview NAME NAME ... -->`` holds the answers of several studies side
-by side, to questions that two of them ask; of one study, all its answers. ``allow_mixed`` after the names takes runs of
-mixed versions and marks them.
+by side, to questions that two of them ask; of one study, all its answers. ``allow_mixed`` after the names takes runs
+of mixed versions and marks them.
 """
 
 from __future__ import annotations
