@@ -21,17 +21,9 @@ def attention(problem: AttentionProblem) -> AttentionInfo:
     """Attention as DESIGN's equations have it, differentiable by autograd in every float argument."""
     dtype = compute_dtype(problem.query.dtype)
     visible = problem.visible()
-    query = problem.query.to(dtype)
-    group = query.shape[1] // problem.key.shape[1]
-    key = _hide(problem.key.to(dtype).repeat_interleave(group, dim=1), visible)
+    group = problem.query.shape[1] // problem.value.shape[1]
     value = _hide(problem.value.to(dtype).repeat_interleave(group, dim=1), visible)
-
-    scores = query @ key.mT * problem.scale
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    if problem.bias is not None:
-        bias = problem.bias.to(dtype)
-        scores = scores + (bias if visible is None else torch.where(visible, bias, 0.0))
+    scores = scores_of(problem)
     sinks = problem.sinks
     if sinks is not None:
         sinks = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
@@ -47,6 +39,22 @@ def attention(problem: AttentionProblem) -> AttentionInfo:
         indices = indices if problem.choice.top_k is not None else indices.squeeze(-1)
     out_dtype = problem.query.dtype
     return AttentionInfo(output.to(out_dtype), weights.to(out_dtype), indices, chosen.log_prob)
+
+
+def scores_of(problem: AttentionProblem) -> Tensor:
+    """S (B, H, Lq, Lk) in the dtype of computation; no meaning where a key does not take part."""
+    dtype = compute_dtype(problem.query.dtype)
+    visible = problem.visible()
+    query = problem.query.to(dtype)
+    group = query.shape[1] // problem.key.shape[1]
+    key = _hide(problem.key.to(dtype).repeat_interleave(group, dim=1), visible)
+    scores = query @ key.mT * problem.scale
+    if problem.softcap is not None:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    if problem.bias is not None:
+        bias = problem.bias.to(dtype)
+        scores = scores + (bias if visible is None else torch.where(visible, bias, 0.0))
+    return scores
 
 
 class _Gathered(torch.autograd.Function):

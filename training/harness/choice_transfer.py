@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import gumbel_attention as ga
 from gumbel_attention.impl.problem import AttentionProblem
+from gumbel_attention.impl.reference import scores_of
 from gumbel_attention.state import AttentionState
 from harness.errors import UsageError
 
@@ -176,14 +177,8 @@ def _check(calls: list[tuple[Any, Any]], asked: list[AttentionProblem]) -> None:
 
 
 def _scores(problem: AttentionProblem) -> Tensor:
-    """S (B, H, Lq, Lk) in float32, -inf for keys that do not take part."""
-    group = problem.query.shape[1] // problem.key.shape[1]
-    scores = problem.query.float() @ problem.key.float().repeat_interleave(group, 1).mT * problem.scale
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    if problem.bias is not None:
-        scores = scores + problem.bias.float()
-    visible = problem.visible()
+    """S (B, H, Lq, Lk), -inf for keys that do not take part."""
+    scores, visible = scores_of(problem), problem.visible()
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
