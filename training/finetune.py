@@ -4,7 +4,7 @@
 
 Settings: ``--help``, or the fields of FinetuneArguments. A value on the command line wins over the file. In
 ``output_dir`` the run leaves config.yaml (the resolved settings), checkpoints where ``checkpointing_steps`` asks for
-them and, when finished, results.json.
+them, choice_transfer.json if it has ``choice_steps`` and, when finished, results.json.
 
 Runs that differ in their attention only share initialisation, data subset and data order for a seed. Dropout
 masks they need not share: noise and dropout draw from the same stream. Every evaluation is done twice, with
@@ -18,6 +18,7 @@ metrics of a run that was not. SIGTERM or SIGINT lets it finish the step, save a
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
-from harness.choice_transfer import Transfer, transfer_choices
+from harness.choice_transfer import transfer_choices
 from harness.distillation import Distillation, check_states, load_teacher
 from harness.fixed_noise import noise_of_examples, split_index
 from harness.loop import TrainingRecord, loss_of_model
 from harness.model_card import CardFacts
 from harness.models import load_classifier, load_tokenizer
 from harness.parsing import parse_arguments
+from harness.results import write_atomically
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
 from harness.score_function import sampled_loss
@@ -65,7 +67,6 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def __init__(self, args: FinetuneArguments) -> None:
         self.args = args
-        self.transfer: Transfer | None = None
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Tokenises; a data set is told from others by its token and label ids."""
@@ -104,7 +105,14 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         order = torch.Generator().manual_seed(args.seed)
         batches, _ = make_loaders(self.data, args, self.tokenizer, order)
         model.to(PartialState().device)
-        self.transfer = transfer_choices(model, batches, args.choice_steps, args.choice_learning_rate, args.layers)
+        transfer = transfer_choices(model, batches, args.choice_steps, args.choice_learning_rate, args.layers)
+        if PartialState().is_main_process:  # a run that is killed and goes on reports it, too
+            self._transfer_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._transfer_file, json.dumps(dataclasses.asdict(transfer), indent=2))
+
+    @property
+    def _transfer_file(self) -> Path:
+        return Path(self.args.output_dir) / "choice_transfer.json"
 
     def compute_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Cross entropy; of the score function its own loss, and with a teacher that of the distillation."""
@@ -134,9 +142,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def facts(self) -> dict[str, Any]:
-        """The names of the labels, and how the scores were prepared, unless a checkpoint had them."""
+        """The names of the labels, and how the scores were prepared, where it is known."""
         known: dict[str, Any] = {"label_names": self.data.label_names}
-        return known if self.transfer is None else known | {"choice_transfer": dataclasses.asdict(self.transfer)}
+        if self.args.choice_steps and self._transfer_file.is_file():
+            known["choice_transfer"] = json.loads(self._transfer_file.read_text(encoding="utf-8"))
+        return known
 
 
 def main(argv: Sequence[str] | None = None) -> None:

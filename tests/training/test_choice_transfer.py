@@ -131,6 +131,12 @@ def test_a_run_prepares_its_scores_once(
     finetune.run(FinetuneArguments(**args))
     assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == whole
     assert calls == [1], "a checkpoint has what was prepared"
+    (tmp_path / "run" / "results.json").unlink()
+    finetune.run(
+        FinetuneArguments(**{**args, "output_dir": str(tmp_path / "run"), "resume_from_checkpoint": "latest"})
+    )
+    assert calls == [1]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["choice_transfer"] == known
     run(settings | {"hard": True, "noise": "none"}, save_model=True)
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != whole, "the control: without it"
 
