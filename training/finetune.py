@@ -92,7 +92,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
     def make_model(self) -> Any:
         """Pretrained encoder, fresh head."""
         args, names = self.args, self.data.label_names
-        model = load_classifier(args.model_name_or_path, names, self.tokenizer.pad_token_id, args.cache_dir)
+        pad_token_id = self.tokenizer.pad_token_id
+        model = load_classifier(args.model_name_or_path, names, pad_token_id, args.cache_dir, args.disable_dropout)
         if self.distillation is not None and self.distillation.hidden > 0.0:
             check_states(model, self.distillation.teacher)
         return model

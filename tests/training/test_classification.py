@@ -11,12 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import SPECIAL, WORDS, data_of, write_rows
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import finetune
 from harness import models
 from harness.arguments import FinetuneArguments
 from harness.errors import UsageError
+from models import DECODERS, ENCODERS  # tests/models.py
 from tasks.classification import evaluate, make_loaders
 
 
@@ -167,6 +168,22 @@ def test_head_of_another_number_of_labels_is_made_anew(bert: str, tmp_path: Path
     again = models.load_classifier(str(tmp_path / "three"), ["0", "1"], 0)
     assert again.classifier.weight.shape[0] == 2
     assert torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_without_dropout_training_draws_nothing(name: str, tmp_path: Path) -> None:
+    config = (ENCODERS | DECODERS)[name]()
+    rates = {key: 0.3 for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)}
+    config.update({"attention_dropout": 0.3} | rates)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+
+    def outputs(disable_dropout: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model = models.load_classifier(str(tmp_path), ["0", "1"], 0, disable_dropout=disable_dropout).train()
+        ids = torch.arange(3, 15)[None]
+        return model(ids).logits, model(ids).logits
+
+    assert torch.equal(*outputs(disable_dropout=True))
+    assert not torch.equal(*outputs(disable_dropout=False)), "the control"
 
 
 def test_model_that_does_not_exist(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +113,9 @@ def test_unpatched_model_is_evaluated_once(settings: dict[str, Any]) -> None:
 
 
 def test_plain_temperature_one_is_the_unpatched_model(settings: dict[str, Any]) -> None:
-    """Also says that all arms start from the same head and see the same batches (no dropout here)."""
-    config = Path(settings["model_name_or_path"], "config.json")
-    bare = Path(settings["output_dir"]).parent / "bare"
-    shutil.copytree(config.parent, bare)
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (bare / "config.json").write_text(json.dumps(json.loads(config.read_text()) | no_dropout))
-    patched = run(settings, model_name_or_path=str(bare), noise="none")
-    unpatched = run(settings, model_name_or_path=str(bare), attention="unpatched")
+    """Also says that all arms start from the same head and see the same batches."""
+    patched = run(settings, disable_dropout=True, noise="none")
+    unpatched = run(settings, disable_dropout=True, attention="unpatched")
     losses = [[entry["loss"] for entry in record.train] for record in (patched, unpatched)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 

@@ -227,6 +227,9 @@ class FinetuneArguments(RunArguments):
     fixed_noise: bool = setting(
         False, "a training example meets the same noise, and dropout of its attention weights, in every epoch"
     )
+    disable_dropout: bool = setting(
+        False, "trains without any dropout; that of the weights drops all that a head with a hard choice reads"
+    )
     distill_from: str | None = setting(
         None, "a classifier fine-tuned for these labels to learn from too, such as another run's output_dir/model"
     )

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from harness.arguments import RunArguments
 from harness.errors import UsageError
@@ -54,16 +61,22 @@ def load_tokenizer(name_or_path: str, cache_dir: str | None = None) -> Any:
 
 
 def load_classifier(
-    name_or_path: str, label_names: list[str], pad_token_id: int, cache_dir: str | None = None
+    name_or_path: str,
+    label_names: list[str],
+    pad_token_id: int,
+    cache_dir: str | None = None,
+    disable_dropout: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier in float32: pretrained encoder, fresh or matching classification head.
 
     Raises:
         UsageError: the model cannot be loaded, or the checkpoint belongs to another model.
     """
+    name = resolve_model_path(name_or_path)
     try:
+        rates = _no_dropout(AutoConfig.from_pretrained(name, cache_dir=cache_dir)) if disable_dropout else {}
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model_path(name_or_path),
+            name,
             num_labels=len(label_names),
             id2label=dict(enumerate(label_names)),
             label2id={label: index for index, label in enumerate(label_names)},
@@ -72,13 +85,24 @@ def load_classifier(
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **rates,
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"model_name_or_path {name_or_path!r} cannot be loaded: {error}") from error
     check_checkpoint(model, info, name_or_path)
     model.config.pad_token_id = pad_token_id
     model.config.use_cache = False  # else checkpointing warns of it at a place where compiled graphs break
+    if disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     return model  # type: ignore[no-any-return]
+
+
+def _no_dropout(config: PretrainedConfig) -> dict[str, float]:
+    """0 for every rate of dropout that the configuration names; attention often takes its own from there."""
+    values = config.to_dict().items()
+    return {name: 0.0 for name, value in values if "drop" in name and isinstance(value, float)}
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
