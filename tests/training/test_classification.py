@@ -18,7 +18,7 @@ from harness import models
 from harness.arguments import FinetuneArguments
 from harness.errors import UsageError
 from models import DECODERS, ENCODERS  # tests/models.py
-from tasks.classification import evaluate, make_loaders
+from tasks.classification import evaluate, load_data, make_loaders
 
 
 def test_quotes_and_null_words_are_text(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -135,6 +135,33 @@ def test_metrics_against_hand_numbers() -> None:
     found = evaluate(finetune.Accelerator(cpu=True), model, batches)
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["f1_macro"] == pytest.approx(2 / 3)
+
+
+def test_training_texts_inside_evaluation_texts_are_left_out(settings: dict[str, Any], tmp_path: Path) -> None:
+    held = write_rows(tmp_path / "held.tsv", [("the fine film with a plot", 1), ("a dull plot", 0)])
+    inside = [("fine film", 1), ("The  FINE film", 1), ("a plot", 0), ("the fine film with a plot", 1), ("dull", 0)]
+    outside = [
+        ("film fine", 1),
+        ("ine film", 1),
+        ("dull film", 0),
+        ("plot a", 0),
+        ("the fine film with a plot warm", 1),
+    ]
+    files = {"train_file": write_rows(tmp_path / "t.tsv", inside + outside), "validation_file": held}
+    lines: list[str] = []
+    args = FinetuneArguments(**{**settings, **files, "max_train_samples": None, "drop_train_overlap": True})
+    data = load_data(args, models.load_tokenizer(args.model_name_or_path), lines.append)
+    only = data_of(settings, **files | {"train_file": write_rows(tmp_path / "o.tsv", outside)}, max_train_samples=None)
+    assert data.train.to_dict() == only.train.to_dict()
+    assert any("5 of 10 texts are part of an evaluation text: left out" in line for line in lines)
+    assert len(data_of(settings, **files, max_train_samples=None).train) == 10, "the control: they stay unless asked"
+    one = {"max_eval_samples": 1, "drop_train_overlap": True, "max_train_samples": None}
+    assert len(data_of(settings, **files, **one).train) in (6, 9), "of evaluation texts not evaluated on they stay"
+    with pytest.raises(UsageError, match="leaves nothing of"):
+        data_of(settings, train_file=held, validation_file=held, drop_train_overlap=True)
+    for other in ({"holdout_percentage": 20}, {"text_pair_column": "label"}):
+        with pytest.raises(UsageError, match="neither text_pair_column nor holdout_percentage"):
+            FinetuneArguments(**{**settings, "drop_train_overlap": True, **other})
 
 
 # Checkpoints

@@ -223,6 +223,9 @@ class FinetuneArguments(RunArguments):
     holdout_percentage: int | None = setting(
         None, "evaluate on this share of the training data, not trained on then, in place of the validation data"
     )
+    drop_train_overlap: bool = setting(
+        False, "leave out training texts that are, as whole words, part of an evaluation text"
+    )
     data_seed: int = setting(0, "chooses the subsets; does not depend on seed, so that runs share them")
     fixed_noise: bool = setting(
         False, "a training example meets the same noise, and dropout of its attention weights, in every epoch"
@@ -262,6 +265,11 @@ class FinetuneArguments(RunArguments):
             raise UsageError("dataset_name excludes train_file and validation_file: give a hub data set or files.")
         if self.dataset_name is None and not (self.train_file and self.validation_file):
             raise UsageError("no data: give dataset_name, or both train_file and validation_file.")
+        if self.drop_train_overlap and (self.text_pair_column or self.holdout_percentage):
+            raise UsageError(
+                "drop_train_overlap compares single texts with those of the evaluation data: it takes neither "
+                "text_pair_column nor holdout_percentage."
+            )
         if self.fixed_noise and (self.attention == "unpatched" or self.noise == "none"):
             raise UsageError("fixed_noise needs attention: gumbel, and noise.")
         if self.fixed_noise and self.gradient_checkpointing:

@@ -24,6 +24,7 @@ from harness.errors import UsageError
 from harness.fixed_noise import INDEX
 from harness.models import resolve_model_path
 from tasks.length_grouping import LengthGroupedSampler
+from tasks.overlap import rows_outside
 
 _CUT = "cut"
 _MOST_NAMED = 10
@@ -78,6 +79,13 @@ def load_data(
     if len(names) < 2:
         raise UsageError(f"{train_name} has one label only ({names[0]!r} in every row); there is nothing to learn.")
     _check_known(validation_labels, names, validation_name)
+    if args.drop_train_overlap:
+        evaluated = _subset(validation, args.max_eval_samples, args.data_seed)[args.text_column]
+        kept = rows_outside(map(str, train[args.text_column]), map(str, evaluated))
+        if not kept:
+            raise UsageError(f"drop_train_overlap leaves nothing of {train_name}: all is part of {validation_name}.")
+        tell(f"{train_name}: {len(train) - len(kept)} of {len(train)} texts are part of an evaluation text: left out")
+        train, train_labels = train.select(kept), [train_labels[row] for row in kept]
     encoded = _encode(train, train_labels, names, args, tokenizer, args.max_train_samples, train_name, tell)
     if args.holdout_percentage is None:
         evaluated = _encode(
@@ -317,6 +325,13 @@ def _check_known(labels: list[str], known: list[str], name: str) -> None:
         raise UsageError(f"{name}: {rows}{more} {verb} not among the training labels {known}.")
 
 
+def _subset(data: Dataset, limit: int | None, seed: int) -> Dataset:
+    """The data, or a random part of them that has ``limit`` rows."""
+    if limit is None or limit >= len(data):
+        return data
+    return data.shuffle(seed=seed).select(range(limit))
+
+
 def _encode(
     data: Dataset, labels: list[str], names: list[str], args: FinetuneArguments, tokenizer: Any, limit: int | None,
     name: str, tell: Callable[[str], object],
@@ -325,8 +340,7 @@ def _encode(
     ids = {label: index for index, label in enumerate(names)}
     columns = [args.text_column] + ([args.text_pair_column] if args.text_pair_column else [])
     data = data.select_columns(columns).add_column("labels", [ids[label] for label in labels])
-    if limit is not None and limit < len(data):
-        data = data.shuffle(seed=args.data_seed).select(range(limit))
+    data = _subset(data, limit, args.data_seed)
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
         texts = [[str(text) for text in batch[column]] for column in columns]
