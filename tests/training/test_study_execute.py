@@ -152,6 +152,24 @@ def test_leftovers_of_a_removal_go(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out" / "work") == []
 
 
+def test_the_folder_of_a_finished_run_goes_though_its_runner_died_before_and_one_that_was_kept_stays(
+    tmp_path: Path,
+) -> None:
+    study = load_study(write_study(tmp_path))
+    run(study, StubStarter(), keep_work=True)
+    died, *kept = study.runs
+    claim = died.work / "claim-0"
+    content = json.loads(claim.read_text())
+    assert content.pop("released")
+    claim.write_text(json.dumps({**content, "began": content["began"] - 100.0}))  # a process that is no more
+    again = StubStarter()
+    run(study, again, keep_work=True)
+    assert died.work.exists()
+    run(study, again)
+    assert again.started == []
+    assert sorted(os.listdir(tmp_path / "out" / "work")) == sorted(planned.id for planned in kept)
+
+
 @dataclasses.dataclass
 class Slow:
     """Counts how many processes are at work at once; each ends at the third look."""

@@ -162,6 +162,8 @@ class _Executor:
     def _is_settled(self, run: PlannedRun) -> bool:
         """Whether the run is finished, or failed in another runner since this one began."""
         if is_row(run.row):
+            if not self._options.keep_work:
+                leases.remove_abandoned(run.work, self._options.stale_seconds)
             self._progress.note_finished(run)
             return True
         message = _failure_since(run.failure, self._began)

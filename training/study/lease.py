@@ -100,6 +100,16 @@ def take(work: Path, stale_seconds: float = STALE_SECONDS) -> Lease | None:
     return lease
 
 
+def remove_abandoned(work: Path, stale_seconds: float = STALE_SECONDS) -> None:
+    """Removes the folder of a finished run whose runner was killed before it did; one that was released was kept."""
+    claims = _claims(work)
+    if not claims or _read(claims[-1][1]).get("released"):
+        return
+    lease = take(work, stale_seconds)
+    if lease is not None:
+        lease.remove_work()
+
+
 def remove_leftovers(works: Path) -> None:
     """Removes what a runner that was killed had begun to remove."""
     for path in works.glob(f"{_REMOVED}*"):
