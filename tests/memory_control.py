@@ -2,8 +2,7 @@
 
 import torch
 
-from harness.contenders import contender_named
-from harness.memory import WARM_UP_LENGTH, extra_bytes, random_inputs, run_of
+from harness.memory import extra_bytes, warm_run
 
 CPU = torch.device("cpu")
 
@@ -16,9 +15,5 @@ def hold(sizes: list[int]) -> list[int]:
 def attend(length: int, rows: int) -> int:
     """The bytes of a forward and backward pass of the CPU kernels, while so many rows of scores are held beside it."""
     torch.set_num_threads(1)
-    attention = contender_named("cpu gumbel-st", CPU).attention
-    inputs = random_inputs(1, length, 64, CPU, torch.float32)
-    small = tuple(x[..., :WARM_UP_LENGTH, :] for x in inputs)
-    run_of(attention, "forward+backward", small, False)()
-    run = run_of(attention, "forward+backward", inputs, False)
+    run = warm_run("cpu gumbel-st", "forward+backward", 1, length, 64, False, "float32")
     return extra_bytes(lambda: (torch.ones(rows, length), run()), CPU)

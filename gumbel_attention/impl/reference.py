@@ -23,7 +23,7 @@ def attention(problem: AttentionProblem) -> AttentionInfo:
     visible = problem.visible()
     group = problem.query.shape[1] // problem.value.shape[1]
     value = _hide(problem.value.to(dtype).repeat_interleave(group, dim=1), visible)
-    scores = scores_of(problem)
+    scores = scores_of(problem, visible)
     sinks = problem.sinks
     if sinks is not None:
         sinks = sinks.to(dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
@@ -41,10 +41,9 @@ def attention(problem: AttentionProblem) -> AttentionInfo:
     return AttentionInfo(output.to(out_dtype), weights.to(out_dtype), indices, chosen.log_prob)
 
 
-def scores_of(problem: AttentionProblem) -> Tensor:
-    """S (B, H, Lq, Lk) in the dtype of computation; no meaning where a key does not take part."""
+def scores_of(problem: AttentionProblem, visible: Tensor | None) -> Tensor:
+    """S (B, H, Lq, Lk) in the dtype of computation; no meaning for keys not in ``problem.visible()``."""
     dtype = compute_dtype(problem.query.dtype)
-    visible = problem.visible()
     query = problem.query.to(dtype)
     group = query.shape[1] // problem.key.shape[1]
     key = _hide(problem.key.to(dtype).repeat_interleave(group, dim=1), visible)

@@ -104,8 +104,9 @@ def test_layers_that_are_shared_or_have_sinks_are_refused() -> None:
 @pytest.mark.parametrize("name", ["llama", "distilbert"])
 def test_other_architectures(name: str) -> None:
     ids = torch.randint(5, 50, (6, 9), generator=torch.Generator().manual_seed(0))
-    found = transfer_choices(build(name), [{"input_ids": ids}], 30, 1e-2)
-    assert all(after < before for before, after in zip(found.before.error, found.after.error, strict=True))
+    for dtype in (torch.float32, torch.float64):
+        found = transfer_choices(build(name).to(dtype), [{"input_ids": ids}], 30, 1e-2)
+        assert all(after < before for before, after in zip(found.before.error, found.after.error, strict=True))
 
 
 def test_a_run_prepares_its_scores_once(
@@ -138,6 +139,7 @@ def test_a_run_prepares_its_scores_once(
     assert calls == [1]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["choice_transfer"] == known
     run(settings | {"hard": True, "noise": "none"}, save_model=True)
+    assert not (tmp_path / "run" / "choice_transfer.json").exists(), "what an overwritten run measured goes"
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != whole, "the control: without it"
 
 

@@ -178,14 +178,15 @@ def _check(calls: list[tuple[Any, Any]], asked: list[AttentionProblem]) -> None:
 
 def _scores(problem: AttentionProblem) -> Tensor:
     """S (B, H, Lq, Lk), -inf for keys that do not take part."""
-    scores, visible = scores_of(problem), problem.visible()
+    visible = problem.visible()
+    scores = scores_of(problem, visible)
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
 def _average(problem: AttentionProblem, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """What the problem's scores average to (B, H, Lq, Dv), and the values (B, H, Lk, Dv), in float32."""
+    """What the problem's scores average to (B, H, Lq, Dv), and the values (B, H, Lk, Dv), in their dtype."""
     _, value = problem.hidden_keys_and_values()
-    value = value.float().repeat_interleave(problem.query.shape[1] // value.shape[1], 1)
+    value = value.to(scores.dtype).repeat_interleave(problem.query.shape[1] // value.shape[1], 1)
     return scores.softmax(-1).nan_to_num() @ value, value
 
 

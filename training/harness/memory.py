@@ -81,12 +81,19 @@ def measure_by_name(
 ) -> int:
     """What a fresh process does for :func:`contender_memory` on the CPU."""
     torch.set_num_threads(threads)
+    return extra_bytes(warm_run(name, direction, heads, length, head_dim, causal, dtype), torch.device("cpu"))
+
+
+def warm_run(
+    name: str, direction: str, heads: int, length: int, head_dim: int, causal: bool, dtype: str
+) -> Callable[[], object]:
+    """A run of a contender on the CPU, after a short one that leaves what is made once."""
     device, kind = torch.device("cpu"), getattr(torch, dtype)
     attention = contender_named(name, device).attention
     inputs = random_inputs(heads, length, head_dim, device, kind)
     small = tuple(x[..., :WARM_UP_LENGTH, :] for x in inputs)
     run_of(attention, direction, small, causal)()
-    return extra_bytes(run_of(attention, direction, inputs, causal), device)
+    return run_of(attention, direction, inputs, causal)
 
 
 def extra_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -69,6 +69,13 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A sequence classifier in float32: pretrained encoder, fresh or matching classification head.
 
+    Args:
+        name_or_path: folder, name on the hub, or ``"minilm"``.
+        label_names: in the order of their ids.
+        pad_token_id: of the tokenizer.
+        cache_dir: of transformers.
+        disable_dropout: every rate is 0, in the configuration too, with which the model is saved.
+
     Raises:
         UsageError: the model cannot be loaded, or the checkpoint belongs to another model.
     """

@@ -135,11 +135,12 @@ def overview_text(reports: Sequence[Findings]) -> str:
     """What a block on one study or several holds: the table of their answers, without the arms.
 
     Raises:
-        UsageError: there are several, and no question is asked by two of them.
+        UsageError: no question is asked by two of them, or by the only one.
     """
     table = overview_table(reports, asked_by=min(2, len(reports)))
     if table is None:
-        raise UsageError(f"no question is asked by two of {', '.join(findings.name for findings in reports)}.")
+        names = ", ".join(findings.name for findings in reports)
+        raise UsageError(f"no question is asked by {'two of ' if len(reports) > 1 else ''}{names}.")
     return f"\n{dataclasses.replace(table, note='').markdown()}\n\n{_wrapped(table.note)}\n\n"
 
 
