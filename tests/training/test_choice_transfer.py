@@ -1,4 +1,4 @@
-"""Scores that learn which key to read in the average's place."""
+"""Scores that learn which key to read in the average's place, and values worth reading alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import run
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel
 
 import gumbel_attention as ga
 from gumbel_attention.arguments import attention_problem
 from harness.arguments import FinetuneArguments
-from harness.choice_transfer import Transfer, _distances, choice_loss, transfer_choices
+from harness.choice_transfer import Transfer, _averages, _nearest, _scores, _values, choice_loss, transfer_choices
 from harness.errors import UsageError
 from models import build
 
@@ -37,12 +37,30 @@ def test_the_nearest_value_is_the_target_not_that_of_the_largest_weight() -> Non
     value = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.5, 0.5]]).view(1, 1, 3, 2)
     scores = torch.tensor([1.0, 0.9, 0.0])
     average = scores.softmax(0) @ value[0, 0]
-    distances, counted = _distances(problem(query, key, value))
-    torch.testing.assert_close(distances[0, 0, 0], (value[0, 0] - average).square().sum(-1))
+    theirs = problem(query, key, value)
+    averages, counted = _averages(theirs)
+    torch.testing.assert_close(averages[0, 0, 0], average)
     assert counted.all()
-    assert distances.argmin() == 2, "the control: the largest weight is that of key 0"
-    found = choice_loss(problem(query, key, value), problem(query, key, value))
-    torch.testing.assert_close(found, -scores.log_softmax(0)[2])
+    assert _nearest(averages, _scores(theirs), _values(theirs)) == 2, "the control: key 0 has the largest"
+    found = choice_loss(theirs, theirs)
+    error = (value[0, 0, 0] - average).square().sum() / average.square().sum()
+    torch.testing.assert_close(found, -scores.log_softmax(0)[2] + error)
+
+
+def test_the_value_read_is_drawn_to_the_average_and_no_other() -> None:
+    """The gradient of the error: 2 (v - u) / |u|^2 where the argmax reads, 0 elsewhere; none reaches the copy."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
+    copy, own = value.clone().requires_grad_(), value.clone().requires_grad_()
+    theirs = problem(query, key, copy)
+    choice_loss(problem(query, key, own), theirs).backward()
+    averages, _ = _averages(theirs)
+    chosen = nn.functional.one_hot(_scores(theirs).argmax(-1), 5).to(value)
+    expected = 2.0 * chosen.mT @ (chosen @ value - averages) / averages.square().sum()
+    torch.testing.assert_close(own.grad, expected)
+    assert copy.grad is None
+    assert (expected != 0.0).any()
+    assert (expected == 0.0).all(-1).any(), "the control: some key is read by no query"
 
 
 def test_hidden_keys_are_no_targets_and_padding_does_not_count() -> None:
@@ -50,13 +68,18 @@ def test_hidden_keys_are_no_targets_and_padding_does_not_count() -> None:
     query = torch.randn(1, 2, 3, 4)
     value = torch.randn(1, 2, 3, 4)
     value[:, :, 2] = torch.nan
-    distances, counted = _distances(problem(query, query.clone(), value, keep))
-    assert distances[..., 2].isinf().all()
-    assert distances[..., :2].isfinite().all()
+    theirs = problem(query, query.clone(), value, keep)
+    averages, counted = _averages(theirs)
+    assert averages[:, :, :2].isfinite().all()
+    assert _nearest(averages, _scores(theirs), _values(theirs)).max() < 2
+    value[:, :, 2] = averages[:, :, 2] = 0.0
+    everyone = problem(query, query.clone(), value)
+    assert (_nearest(averages, _scores(everyone), _values(everyone))[..., 2] == 2).all(), "the control: not hidden"
     assert counted.tolist() == [[[True, True, False]] * 2]
+    assert choice_loss(theirs, theirs).isfinite()
 
 
-def test_only_what_makes_queries_and_keys_learns() -> None:
+def test_only_what_makes_queries_keys_and_values_learns() -> None:
     model = build("bert").train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     state = torch.get_rng_state()
@@ -64,7 +87,9 @@ def test_only_what_makes_queries_and_keys_learns() -> None:
     assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed
-    assert all(".query." in name or ".key." in name for name in changed)
+    kinds = {".query.", ".key.", ".value."}
+    assert all(any(kind in name for kind in kinds) for name in changed)
+    assert all(any(kind in name for name in changed) for kind in kinds)
     assert {name.split("layer.")[1][0] for name in changed} == {"0", "1"}
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())

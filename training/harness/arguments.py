@@ -244,7 +244,8 @@ class FinetuneArguments(RunArguments):
 
     choice_steps: int = setting(
         0,
-        "batches, before the training, in which scores learn to choose the key whose value is nearest to the average",
+        "batches, before the training, in which scores learn to choose the key whose value is nearest to the average, "
+        "and values to be near it",
     )
     choice_learning_rate: float = setting(1e-3, "of choice_steps, at the first of them")
 

@@ -1,14 +1,17 @@
-r"""Scores that learn which one key to read in the average's place, before the choice becomes hard.
+r"""Scores that learn which one key to read in the average's place, and values worth reading alone.
 
 A head with weights :math:`a = \mathrm{softmax}(S)` gives :math:`u = \sum_j a_j v_j`. Made hard, it reads the value of
-the key with the largest weight, which is often far from u. The key to read is the one whose value is nearest,
+the key with the largest weight, which is often far from u. Two things bring it closer. The scores learn to choose the
+key whose value is nearest, and the values learn to be what is read,
 
-.. math:: j^* = \mathrm{argmin}_j \|v_j - u\|^2 , \qquad \mathrm{loss} = -\log \mathrm{softmax}(S)_{j^*} ,
+.. math:: j^* = \mathrm{argmin}_j \|v_j - u\|^2 , \qquad
+   \mathrm{loss} = -\log \mathrm{softmax}(S)_{j^*} + \|v_{\mathrm{argmax} S} - u\|^2 / \|u\|^2 ,
 
-the mean over queries, heads and layers. u comes from a copy of the model that stays as it was, and every layer reads
-the inputs that it has there: what one layer learns does not disturb another, and only what makes queries and keys gets
-a gradient. No labels are used. What is nearest is found as in vector quantisation (van den Oord et al. 2017), with the
-keys' values for a codebook.
+the first the mean over queries and heads, the second of their sums, and the mean over layers. u comes from a copy of
+the model that stays as it was, and every layer reads the inputs that it has there: what one layer learns does not
+disturb another, and only what makes queries, keys and values gets a gradient. No labels are used. It is vector
+quantisation with the keys' values for a codebook: j* is its assignment, the second term moves the codebook (the first
+two terms of van den Oord et al. 2017, eq. 3, here with a fixed u).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import gumbel_attention as ga
-from gumbel_attention.impl.problem import AttentionProblem
+from gumbel_attention.impl.problem import AttentionProblem, compute_dtype
 from gumbel_attention.impl.reference import scores_of
 from gumbel_attention.state import AttentionState
 from harness.errors import UsageError
@@ -62,7 +65,7 @@ class Transfer:
 def transfer_choices(
     model: nn.Module, batches: Batches, steps: int, learning_rate: float, layers: tuple[int | str, ...] | None = None
 ) -> Transfer:
-    """Trains the queries and keys of a model for hard attention; it stays a model with its own attention.
+    """Trains the queries, keys and values of a model for hard attention; it stays a model with its own attention.
 
     Adam, its rate falling linearly to 0, without dropout.
 
@@ -89,7 +92,7 @@ def transfer_choices(
             loss = torch.stack([choice_loss(ours, theirs) for ours, theirs in problems]).mean()
             model.zero_grad()
             loss.backward()
-            if optimizer is None:  # those that make queries and keys are known by their gradients
+            if optimizer is None:  # those that make queries, keys and values are known by their gradients
                 learns = [parameter for parameter in model.parameters() if parameter.grad is not None]
                 optimizer = torch.optim.Adam(learns, lr=learning_rate)
             for group in optimizer.param_groups:
@@ -104,10 +107,12 @@ def transfer_choices(
 
 
 def choice_loss(ours: AttentionProblem, theirs: AttentionProblem) -> Tensor:
-    """Cross entropy of our scores at the keys whose values are nearest to the averages that their scores make."""
-    distances, counted = _distances(theirs)
-    scores = _scores(ours)
-    return nn.functional.cross_entropy(scores[counted], distances.argmin(-1)[counted])
+    """Cross entropy of our scores at the keys with values nearest to their averages, plus the error of our choice."""
+    averages, counted = _averages(theirs)
+    scores, values = _scores(ours), _values(ours)
+    nearest = _nearest(averages, scores, values)
+    choice = nn.functional.cross_entropy(scores[counted], nearest[counted])
+    return choice + _error(averages, values, scores.argmax(-1), counted)
 
 
 class _Pair:
@@ -183,36 +188,46 @@ def _scores(problem: AttentionProblem) -> Tensor:
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
-def _average(problem: AttentionProblem, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """What the problem's scores average to (B, H, Lq, Dv), and the values (B, H, Lk, Dv), in their dtype."""
-    _, value = problem.hidden_keys_and_values()
-    value = value.to(scores.dtype).repeat_interleave(problem.query.shape[1] // value.shape[1], 1)
-    return scores.softmax(-1).nan_to_num() @ value, value
+def _values(problem: AttentionProblem) -> Tensor:
+    """The values (B, H, Lk, Dv) in the scores' dtype, 0 for keys that no query sees."""
+    _, values = problem.hidden_keys_and_values()
+    return values.to(compute_dtype(values.dtype)).repeat_interleave(problem.query.shape[1] // values.shape[1], 1)
 
 
 @torch.no_grad()
-def _distances(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """Squared distances (B, H, Lq, Lk) of the values from the averages, and which queries (B, H, Lq) count.
+def _averages(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """What the problem's scores average to (B, H, Lq, Dv), and which queries (B, H, Lq) count.
 
     Those whose own key no query sees are padding.
     """
     scores = _scores(problem)
-    hidden = scores == -torch.inf
-    counted = ~hidden.all(-1)
+    counted = (scores > -torch.inf).any(-1)
     seen = problem.seen_keys()
     if seen is not None and problem.query.shape[2] == problem.key.shape[2]:
         counted = counted & seen
-    return torch.cdist(*_average(problem, scores)).square().masked_fill(hidden, torch.inf), counted
+    return scores.softmax(-1).nan_to_num() @ _values(problem), counted
+
+
+@torch.no_grad()
+def _nearest(averages: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+    """Keys (B, H, Lq) that take part and whose values are nearest to the averages."""
+    return torch.cdist(averages, values).masked_fill(scores == -torch.inf, torch.inf).argmin(-1)
+
+
+def _error(averages: Tensor, values: Tensor, keys: Tensor, counted: Tensor) -> Tensor:
+    """Squared distance of the keys' values from the averages, relative to that of the averages from 0."""
+    read = torch.take_along_dim(values, keys[..., None], -2)
+    return (read - averages)[counted].square().sum() / averages[counted].square().sum()
 
 
 @torch.no_grad()
 def _agreement(problems: list[tuple[AttentionProblem, AttentionProblem]]) -> Agreement:
     rows = []
     for ours, theirs in problems:
-        distances, counted = _distances(theirs)
-        power = _average(theirs, _scores(theirs))[0].square().sum(-1)[counted].sum()
-        keys = _scores(ours).argmax(-1), distances.argmin(-1)
-        errors = [torch.take_along_dim(distances, key[..., None], -1)[..., 0][counted].sum() / power for key in keys]
-        rows.append([(keys[0] == keys[1])[counted].float().mean().item(), *(error.item() for error in errors)])
+        averages, counted = _averages(theirs)
+        scores, values = _scores(ours), _values(ours)
+        keys = scores.argmax(-1), _nearest(averages, scores, values)
+        errors = [_error(averages, values, key, counted).item() for key in keys]
+        rows.append([(keys[0] == keys[1])[counted].float().mean().item(), *errors])
     agreement, error, least = (list(column) for column in zip(*rows, strict=True))
     return Agreement(agreement, error, least)
