@@ -33,7 +33,7 @@ from types import FrameType
 from harness.errors import UsageError
 from study.execute import Interrupted, Options, run_all
 from study.folder import chosen_before, write_study
-from study.plan import PlannedRun, Study, load_study
+from study.plan import PlannedRun, Study, choice_words, load_study
 from study.process import Starter, SupervisedProcess, launch_command, threads_per_run
 from study.progress import Progress, duration
 from study.rows import is_row
@@ -158,9 +158,9 @@ def _with_search(study: Study, arms: set[str], failures: dict[str, str], options
             chosen.pop(arm, None)
             continue
         means = ", ".join(
-            f"{_words(tried)}: {'failed' if mean is None else f'{mean:.4g}'}" for tried, mean in found[arm].means
+            f"{choice_words(tried)}: {'failed' if mean is None else f'{mean:.4g}'}" for tried, mean in found[arm].means
         )
-        options.tell(f"search: {arm} takes {_words(choice)} ({study.metric} {means})")
+        options.tell(f"search: {arm} takes {choice_words(choice)} ({study.metric} {means})")
         chosen[arm] = choice
     write_chosen(study, found)
     study = study.with_chosen(chosen)
@@ -184,10 +184,6 @@ def print_plan(study: Study, select: Callable[[PlannedRun], bool], jobs: int) ->
     together = f" with {jobs} at a time" if jobs > 1 else ""
     print(f"{progress.total} runs, {progress.finished} finished, {progress.total - progress.finished} to do")
     print(f"time left{together}: {left}")
-
-
-def _words(choice: dict[str, float]) -> str:
-    return ", ".join(f"{key} {value:g}" for key, value in choice.items())
 
 
 def _positive(text: str) -> int:

@@ -40,6 +40,19 @@ def test_every_arm_searches_the_same_grid_on_other_data(tmp_path: Path) -> None:
     assert [run.id for run in study.runs] == [run.id for run in plain.runs]
 
 
+def test_a_setting_that_is_on_or_off_is_searched_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"learning_rate": [1e-4, 2e-4], "disable_dropout": [True, False]}
+    path = write_study(tmp_path, search=SEARCH | {"grid": grid})
+    starter = StubStarter(value=lambda s: 0.5 + 0.1 * (s["disable_dropout"] == (s["noise"] == "none")))
+    assert ablate.main(["--config", path], starter) == 0
+    chosen = {
+        row.arm: (row.config["learning_rate"], row.config["disable_dropout"]) for row in read_rows(tmp_path / "out")
+    }
+    assert chosen == {"soft": (1e-4, False), "plain": (1e-4, True)}
+    assert read_study(tmp_path / "out").chosen["plain"] == {"learning_rate": 1e-4, "disable_dropout": True}
+    assert "plain takes learning_rate 0.0001, disable_dropout true" in capsys.readouterr().out
+
+
 def test_what_is_best_on_average_enters_the_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_study(tmp_path, search=SEARCH)
     starter = StubStarter(value=lambda s: peak(2e-4 if s["noise"] == "none" else 1e-4)(s))
@@ -131,7 +144,7 @@ def test_some_arms_may_keep_what_the_base_says(tmp_path: Path) -> None:
         ({"grid": {"learning_rate": [1e-4, "1e-4"]}}, "holds a value twice"),
         ({"grid": {"learning_rtae": [1e-4, 2e-4]}}, r"mean learning_rate\?"),
         ({"grid": {"learning_rate": [1e-4, -1.0]}}, "learning_rate must be > 0"),
-        ({"grid": {"hard": [True, False]}}, "expected numbers"),
+        ({"grid": {"train_file": ["a.tsv", "c.tsv"]}}, "expected numbers, or false and true"),
         ({"grid": {"tau": [1.0, 3.0]}}, "arm 'soft' sets tau"),
         ({"mode": "mean_4"}, "is evaluated in noise_off, noise_on, got 'mean_4'"),
         ({"seed": [3]}, r"mean seeds\?"),

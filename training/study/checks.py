@@ -42,7 +42,7 @@ def read_grid(
     """Setting -> its values in the search, ascending.
 
     Raises:
-        UsageError: fewer than two values, one twice or no number, or a setting that arms or the search set already.
+        UsageError: fewer than two values, one twice or a text, or a setting that arms or the search set already.
     """
     content = mapping(value, f"grid in {where}")
     if not content:
@@ -52,8 +52,8 @@ def read_grid(
         if not isinstance(values, list) or len(values) < 2:
             raise UsageError(f"{key} of the grid in {where}: expected a list of two values or more, got {values!r}.")
         checked = [own_settings(kind, {key: one}, f"grid of {where}")[key] for one in values]
-        if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in checked):
-            raise UsageError(f"{key} of the grid in {where}: expected numbers, got {values!r}.")
+        if not all(isinstance(one, (int, float)) for one in checked):
+            raise UsageError(f"{key} of the grid in {where}: expected numbers, or false and true, got {values!r}.")
         if len(set(checked)) != len(checked):
             raise UsageError(f"{key} of the grid in {where}: {values!r} holds a value twice.")
         grid[key] = tuple(sorted(checked))

@@ -22,12 +22,12 @@ from study.tables import (
     each,
     metric_table,
     other_metrics_table,
-    plain,
     search_table,
     verdict_lines,
     verdict_table,
     words,
 )
+from study.yaml_file import yaml_text
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 66rem; margin: 0 auto;
@@ -154,7 +154,9 @@ def _what_was_run(findings: Findings) -> str:
     if findings.failed:
         facts["Failed runs"] = escape("; ".join(f"{name}: {message}" for name, message in findings.failed.items()))
     items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
-    base = "".join(f"<li><code>{escape(key)}: {escape(plain(value))}</code></li>" for key, value in study.base.items())
+    base = "".join(
+        f"<li><code>{escape(key)}: {escape(yaml_text(value))}</code></li>" for key, value in study.base.items()
+    )
     parts = [f"<dl>{items}</dl>", "<h3>Arms</h3>", _table(arms_table(findings))]
     parts.append(f"<details><summary>Settings of all arms</summary><ul>{base}</ul></details>")
     search, cost = search_table(findings), cost_table(findings)

@@ -19,7 +19,7 @@ from study.evaluation_data import check_other_evaluation_data
 from study.questions import Question, modes_of, read_questions
 from study.rows import ROWS_FOLDER
 from study.scripts import SCRIPTS, Script
-from study.yaml_file import read_strict_yaml
+from study.yaml_file import read_strict_yaml, yaml_text
 
 SEARCH_FOLDER = "search"
 FAILED_FOLDER = "failed"
@@ -32,6 +32,11 @@ ADDED = ("planned", "chosen")
 """What study.yaml has beside the keys of a study's file; passed over, so that such a copy can be run too."""
 _SEARCH_KEYS = ("grid", "seeds", "settings", "mode", "arms")
 _NOT_IN_ID = (*OWN_KEYS[1:], "checkpointing_steps", "keep_last", "report_to", "project_name")
+
+
+def choice_words(choice: Mapping[str, float]) -> str:
+    """What a search tries, in words."""
+    return ", ".join(f"{key} {yaml_text(value)}" for key, value in choice.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +66,8 @@ class PlannedRun:
     @property
     def label(self) -> str:
         """The run in words."""
-        tried = "".join(f", {key} {value:g}" for key, value in self.choice)
-        return f"{'search: ' if self.choice else ''}{self.arm} seed {self.seed}{tried}"
+        run = f"{self.arm} seed {self.seed}"
+        return f"search: {run}, {choice_words(dict(self.choice))}" if self.choice else run
 
     @property
     def row(self) -> Path:

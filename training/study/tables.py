@@ -11,10 +11,11 @@ from typing import Any
 from harness.errors import UsageError
 from harness.results import write_atomically
 from study.findings import Arm, Estimate, Findings, estimate, findings_of, metric_words, mode_words
-from study.plan import Study
+from study.plan import Study, choice_words
 from study.rows import read_rows
 from study.statistics import pair, student_interval
 from study.verdicts import Verdict, direction, probability
+from study.yaml_file import yaml_text
 
 TABLE_FILE = "table.md"
 NOTHING = "-"
@@ -112,8 +113,8 @@ def arms_table(findings: Findings) -> Table:
     heads = ["arm", *keys, *(f"{key} (searched)" for key in chosen)]
     rows = []
     for name, differences in study.arms.items():
-        own = [plain(differences[key]) if key in differences else "" for key in keys]
-        searched = [plain(study.chosen.get(name, {}).get(key, "")) for key in chosen]
+        own = [yaml_text(differences[key]) if key in differences else "" for key in keys]
+        searched = [yaml_text(study.chosen.get(name, {}).get(key, "")) for key in chosen]
         rows.append([name, *own, *searched])
     return Table(heads, rows, "Settings that differ from the base; an empty cell is the base's.")
 
@@ -228,11 +229,6 @@ def marked(arm: Arm) -> str:
     return arm.name + MARK if arm.mixed else arm.name
 
 
-def choice_words(choice: Mapping[str, float]) -> str:
-    """What a search tries, in words."""
-    return ", ".join(f"{key} {value:g}" for key, value in choice.items())
-
-
 def words(items: Iterable[object]) -> str:
     """``a, b, c``."""
     return ", ".join(map(str, items))
@@ -246,13 +242,6 @@ def each(values: Iterable[str | None]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
-
-
-def plain(value: object) -> str:
-    """A setting as YAML writes it, more or less."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _versions(findings: Findings) -> dict[str, list[str | None]]:

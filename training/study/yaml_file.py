@@ -1,4 +1,4 @@
-"""YAML whose mappings hold every key once."""
+"""YAML whose mappings hold every key once, and settings as it writes them."""
 
 from __future__ import annotations
 
@@ -46,3 +46,10 @@ def read_strict_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{str(path)!r} must hold a mapping 'key: value', got a {type(content).__name__}.")
     return {key: expand_variables(value, f"{key} in {path}") for key, value in content.items()}
+
+
+def yaml_text(value: object) -> str:
+    """A setting as YAML writes it, more or less."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
