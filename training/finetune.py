@@ -132,7 +132,14 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         if args.distill_from is None:
             return None
         teacher = load_teacher(args.distill_from, self.data.label_names, self.tokenizer, args.cache_dir)
-        return Distillation(teacher, args.distill_weight, args.distill_temperature, args.distill_hidden)
+        return Distillation(
+            teacher,
+            args.distill_weight,
+            args.distill_temperature,
+            args.distill_hidden,
+            args.distill_spliced,
+            self.tokenizer.pad_token_id,
+        )
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:
         """Mean loss, accuracy and macro F1."""

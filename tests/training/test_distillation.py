@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import gumbel_attention as ga
-from harness import models
+from harness import distillation, models
 from harness.arguments import FinetuneArguments
 from harness.distillation import Distillation, distance, divergence, load_teacher
 from harness.errors import UsageError
@@ -34,9 +34,9 @@ def test_divergence_is_that_of_the_probabilities_at_the_temperature() -> None:
     logits, target = torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     p = 1 / (1 + math.exp(-1.0))  # of logits (2, 0) / 2
     q = 1 / (1 + math.exp(1.5))
-    expected = 4.0 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / 2
-    assert divergence(logits, target, 2.0).item() == pytest.approx(expected, rel=1e-5)
-    assert divergence(target, target, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+    expected = 4.0 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
+    assert divergence(logits, target, 2.0).tolist() == pytest.approx([expected, 0.0], rel=1e-5, abs=1e-6)
+    assert divergence(target, target, 0.5).tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_distance_leaves_out_padding_and_is_relative_to_the_teacher() -> None:
@@ -61,7 +61,7 @@ def test_weight_shares_the_loss_between_labels_and_teacher(settings: dict[str, A
 
     labels = student(**inputs).loss
     asked = {name: value for name, value in inputs.items() if name != "labels"}
-    answers = divergence(student(**asked).logits, master(**asked).logits, 2.0)
+    answers = divergence(student(**asked).logits, master(**asked).logits, 2.0).mean()
     torch.testing.assert_close(loss(0.0), labels)
     torch.testing.assert_close(loss(1.0), answers)
     torch.testing.assert_close(loss(0.25), 0.75 * labels + 0.25 * answers)
@@ -72,11 +72,41 @@ def test_weight_shares_the_loss_between_labels_and_teacher(settings: dict[str, A
     assert Distillation(master, 1.0, 2.0, 1.0).loss(master, inputs).item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_spliced_texts_learn_from_the_teacher_alone_and_only_in_training(
+    settings: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = load_teacher(teacher, ["0", "1"], models.load_tokenizer(settings["model_name_or_path"]))
+    torch.manual_seed(3)
+    student = models.load_classifier(settings["model_name_or_path"], ["0", "1"], 0, disable_dropout=True).train()
+    inputs = {"input_ids": torch.tensor([[2, 5, 7, 3], [2, 6, 8, 3], [2, 9, 7, 3]]), "labels": torch.tensor([0, 1, 1])}
+    made = torch.tensor([[2, 5, 8, 3]])
+
+    def replaced(given: dict[str, Tensor], share: float, pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
+        assert (share, pad_token_id) == (0.5, 7)
+        ids = torch.cat([made, given["input_ids"][1:]])
+        return given | {"input_ids": ids}, torch.tensor([True, False, False])
+
+    monkeypatch.setattr(distillation, "splice", replaced)
+    loss = Distillation(master, 0.25, 2.0, 0.0, 0.5, 7).loss
+    ids = torch.cat([made, inputs["input_ids"][1:]])
+    found = student(input_ids=ids).logits
+    answers = divergence(found, master(input_ids=ids).logits, 2.0)
+    labels = torch.nn.functional.cross_entropy(found[1:], inputs["labels"][1:], reduction="none")
+    expected = (answers[0] + (0.75 * labels + 0.25 * answers[1:]).sum()) / 3
+    torch.testing.assert_close(loss(student, inputs), expected)
+    plain = Distillation(master, 0.25, 2.0).loss(student, inputs)
+    assert loss(student, inputs) != plain
+    torch.testing.assert_close(loss(student.eval(), inputs), plain)
+
+
 def test_a_run_learns_from_its_teacher_and_starts_as_without(settings: dict[str, Any], teacher: str) -> None:
     plain = run(settings)
     taught = run(settings, distill_from=teacher, distill_hidden=1.0)
     assert taught.train != plain.train
     assert run(settings, distill_from=teacher, distill_hidden=1.0).train == taught.train
+    spliced = run(settings, distill_from=teacher, distill_hidden=1.0, distill_spliced=0.5)
+    assert spliced.train != taught.train
+    assert run(settings, distill_from=teacher, distill_hidden=1.0, distill_spliced=0.5).train == spliced.train
     labels_alone = run(settings, distill_from=teacher, distill_weight=0.0, distill_hidden=1e-30)
     assert labels_alone.train[0]["loss"] == pytest.approx(plain.train[0]["loss"], abs=1e-6), "noise or data moved"
 
@@ -146,6 +176,10 @@ def test_teachers_that_cannot_teach_are_refused(settings: dict[str, Any], teache
         ({"distill_weight": 0.0}, "needs a distill_weight or distill_hidden"),
         ({"estimator": "score_function", "hard": True}, "exclude each other"),
         ({"distill_from": None, "distill_hidden": 1.0}, "needs distill_from"),
+        ({"distill_from": None, "distill_spliced": 0.5}, "distill_spliced=0.5 needs distill_from"),
+        ({"distill_spliced": 1.5}, r"distill_spliced must be in \[0, 1\]"),
+        ({"distill_spliced": 0.5, "fixed_noise": True}, "neither text_pair_column nor fixed_noise"),
+        ({"distill_spliced": 0.5, "text_pair_column": "b"}, "neither text_pair_column nor fixed_noise"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -241,6 +241,9 @@ class FinetuneArguments(RunArguments):
     distill_hidden: float = setting(
         0.0, "of the distance between the hidden states of both, relative to the teacher's"
     )
+    distill_spliced: float = setting(
+        0.0, "share of training texts in whose place the teacher answers one made of two, without a label"
+    )
 
     choice_steps: int = setting(
         0,
@@ -256,7 +259,8 @@ class FinetuneArguments(RunArguments):
             check_setting(self, name, "> 0", lambda value: value > 0)
         for name in ("data_seed", "distill_hidden", "choice_steps"):
             check_setting(self, name, ">= 0", lambda value: value >= 0)
-        check_setting(self, "distill_weight", "in [0, 1]", lambda value: 0 <= value <= 1)
+        for name in ("distill_weight", "distill_spliced"):
+            check_setting(self, name, "in [0, 1]", lambda value: 0 <= value <= 1)
         for name in ("distill_temperature", "choice_learning_rate"):
             check_setting(self, name, "> 0", lambda value: value > 0)
 
@@ -281,8 +285,14 @@ class FinetuneArguments(RunArguments):
             raise UsageError("distill_from and estimator=score_function exclude each other: its loss is another one.")
         if self.distill_from is not None and self.distill_weight == self.distill_hidden == 0.0:
             raise UsageError("distill_from needs a distill_weight or distill_hidden above 0.")
-        if self.distill_from is None and self.distill_hidden > 0.0:
-            raise UsageError(f"distill_hidden={self.distill_hidden} needs distill_from, a teacher.")
+        for name in ("distill_hidden", "distill_spliced"):
+            if self.distill_from is None and getattr(self, name) > 0.0:
+                raise UsageError(f"{name}={getattr(self, name)} needs distill_from, a teacher.")
+        if self.distill_spliced > 0.0 and (self.text_pair_column or self.fixed_noise):
+            raise UsageError(
+                "distill_spliced joins single texts to others: it takes neither text_pair_column nor fixed_noise, "
+                "which belongs to the examples as they are."
+            )
 
 
 _POSITIVE = (

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 import gumbel_attention as ga
 from harness.errors import UsageError
 from harness.models import load_tokenizer, resolve_model_path
+from harness.splicing import splice
 
 _SETTINGS = "gumbel_attention"
 """The entry of a saved config.json that ``gumbel_attention.from_pretrained`` reads."""
@@ -33,31 +34,41 @@ class Distillation:
 
     with the probabilities of logits / T (Hinton et al. 2015) and the hidden states after each layer at the tokens that
     are no padding (the mean squared error of Jiao et al. 2020, TinyBERT, here relative to the teacher's states). Each
-    term is a mean over examples.
+    term is a mean over examples. In training a share of them can be texts without labels, each made of two of the
+    batch (:func:`harness.splicing.splice`): for these w is 1.
 
     Args:
         teacher: in eval.
         weight: w, of the teacher's answers against the labels.
         temperature: T.
         hidden: v, of the hidden states; with 0 they are not computed.
+        spliced: the share.
+        pad_token_id: of the spliced texts.
     """
 
     teacher: nn.Module
     weight: float
     temperature: float
     hidden: float = 0.0
+    spliced: float = 0.0
+    pad_token_id: int = 0
 
     def loss(self, student: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch with ``labels``."""
         wants_states = self.hidden > 0.0
+        weight = torch.full_like(inputs["labels"], self.weight, dtype=torch.float32)
+        if self.spliced > 0.0 and student.training:
+            inputs, unlabelled = splice(inputs, self.spliced, self.pad_token_id)
+            weight = weight.masked_fill(unlabelled, 1.0)
         asked = {name: value for name, value in inputs.items() if name != "labels"}
         self.teacher.to(inputs["labels"].device)
         with torch.no_grad():
             target = self.teacher(**asked, output_hidden_states=wants_states)
         output = student(**asked, output_hidden_states=wants_states)
         logits = output.logits.float()
-        loss = (1.0 - self.weight) * nn.functional.cross_entropy(logits, inputs["labels"])
-        loss = loss + self.weight * divergence(logits, target.logits.float(), self.temperature)
+        labels = nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
+        answers = divergence(logits, target.logits.float(), self.temperature)
+        loss = ((1.0 - weight) * labels + weight * answers).mean()
         if not wants_states:
             return loss
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -73,10 +84,9 @@ class Distillation:
 
 
 def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of logits (B, classes) at temperature T, the mean over B."""
+    """T^2 KL(teacher || student) (B,) of logits (B, classes) at temperature T."""
     log_p, log_q = (target / temperature).log_softmax(-1), (logits / temperature).log_softmax(-1)
-    mean = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    return temperature**2 * mean
+    return temperature**2 * nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def distance(states: tuple[Tensor, ...], targets: tuple[Tensor, ...], mask: Tensor) -> Tensor:
