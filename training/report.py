@@ -30,7 +30,7 @@ from harness.results import write_atomically
 from study.claims import drifted, update
 from study.figures import plots
 from study.findings import Findings, read_findings
-from study.overview import overview_table
+from study.overview import TITLE, overview_table
 from study.page import page
 from study.probe import Probe, is_probe, read_probe
 from study.tables import TABLE_FILE, markdown_report
@@ -104,7 +104,7 @@ def write(reports: Sequence[Findings | Probe], output: Path, command: str, figur
     write_atomically(output, page(drawn, command))
     studies = [item for item in drawn if not isinstance(item, Probe)]
     overview = overview_table([item for item, _ in studies])
-    text = "" if overview is None else f"# All answers\n\n{overview.markdown()}\n\n"
+    text = "" if overview is None else f"# {TITLE}\n\n{overview.markdown()}\n\n"
     write_atomically(output.parent / TABLE_FILE, text + markdown_report([item for item, _ in studies], command))
     verdicts = {item.name: [verdict.to_dict() for verdict in item.verdicts] for item, _ in studies}
     write_atomically(output.parent / VERDICTS_FILE, json.dumps(verdicts, indent=1, allow_nan=False) + "\n")

@@ -167,3 +167,7 @@ def test_an_overview_without_a_shared_question_is_refused(tmp_path: Path) -> Non
     make_study(tmp_path / "results" / "other", value, arms, modes=("noise_off",), questions=asked)
     with pytest.raises(UsageError, match="no question is asked by two of known, other"):
         update(path)
+    make_study(tmp_path / "results" / "third", value, arms, modes=("noise_off",), questions=asked)
+    path = write_readme(tmp_path, "<!-- claims:overview known other third -->\n<!-- /claims -->\n")
+    with pytest.raises(UsageError, match="one of known, other, third asks no question of another"):
+        update(path)

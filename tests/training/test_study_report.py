@@ -336,6 +336,26 @@ def test_the_probe_is_a_section(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "pass --output elsewhere" in capsys.readouterr().err
 
 
+def test_questions_of_several_studies_stand_side_by_side(tmp_path: Path) -> None:
+    asked = [question("shared", "noisy", "plain"), question("own", "plain", "noisy")]
+    folders = [
+        str(small_study(tmp_path / "first", questions=asked[:1])),
+        str(small_study(tmp_path / "second", questions=asked)),
+        str(small_study(tmp_path / "alone", questions=[question("other", "noisy", "plain")])),
+    ]
+    output = tmp_path / "page.html"
+    assert report.main([*folders, "--output", str(output)]) == 0
+    found = output.read_text()
+    assert "The same questions in several studies" in parsed(found).text
+    assert "first: accuracy, higher is better" in parsed(found).text
+    assert "<strong>Better</strong> or <strong>worse</strong>: p at most" in found
+    assert "**" not in parsed(found).text
+    assert "alone: accuracy" not in parsed(found).text, "it asks what no other asks"
+    assert "alone: accuracy" not in (tmp_path / "table.md").read_text()
+    assert report.main([folders[0], folders[2], "--output", str(output)]) == 0
+    assert "in several studies" not in output.read_text()
+
+
 def test_folders_without_a_study_or_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert "not the folder of a study: it has no study.yaml" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from harness.errors import UsageError
 from harness.results import write_atomically
 from study.findings import Findings, metric_words, read_findings
 from study.overview import overview_table
-from study.tables import correction_note, metric_table, verdict_lines
+from study.tables import correction_note, metric_table, verdict_lines, words
 
 RESULTS_FOLDER = "results"
 OVERVIEW = "overview"
@@ -135,12 +135,16 @@ def overview_text(reports: Sequence[Findings]) -> str:
     """What a block on one study or several holds: the table of their answers, without the arms.
 
     Raises:
-        UsageError: no question is asked by two of them, or by the only one.
+        UsageError: no question is asked by two of them, or by the only one, or one of them asks none of these.
     """
     table = overview_table(reports, asked_by=min(2, len(reports)))
     if table is None:
         names = ", ".join(findings.name for findings in reports)
         raise UsageError(f"no question is asked by {'two of ' if len(reports) > 1 else ''}{names}.")
+    if len(table.heads) <= len(reports):
+        raise UsageError(
+            f"one of {words(findings.name for findings in reports)} asks no question of another: leave it out."
+        )
     return f"\n{dataclasses.replace(table, note='').markdown()}\n\n{_wrapped(table.note)}\n\n"
 
 

@@ -9,9 +9,11 @@ from study.statistics import POWER
 from study.tables import NOTHING, Table
 from study.verdicts import Verdict, direction
 
+TITLE = "The same questions in several studies"
+
 
 def overview_table(reports: Sequence[Findings], asked_by: int = 2) -> Table | None:
-    """Questions by studies; None if no question is asked by so many of them.
+    """Questions by the studies that ask one of them; None if no question is asked by so many of the studies.
 
     A question is known by its id; its text is that of the first study that asks it.
     """
@@ -24,8 +26,9 @@ def overview_table(reports: Sequence[Findings], asked_by: int = 2) -> Table | No
     shared = [name for name in texts if asked[name] >= asked_by]
     if not shared:
         return None
-    rows = [[texts[name], *(_cell(findings, name) for findings in reports)] for name in shared]
-    return Table(["question", *map(_head, reports)], rows, _note(reports))
+    asking = [findings for findings in reports if any(one.id in shared for one in findings.study.questions)]
+    rows = [[texts[name], *(_cell(findings, name) for findings in asking)] for name in shared]
+    return Table(["question", *map(_head, asking)], rows, _note(asking))
 
 
 def _head(findings: Findings) -> str:

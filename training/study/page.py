@@ -11,7 +11,7 @@ from typing import Any
 
 from study.figures import Plot
 from study.findings import Findings, metric_words, mode_words
-from study.overview import overview_table
+from study.overview import TITLE, overview_table
 from study.probe import Probe
 from study.tables import (
     Table,
@@ -39,6 +39,7 @@ table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #bbb; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #111; vertical-align: bottom; white-space: normal; }
 .text { text-align: left; }
+td.text { white-space: normal; min-width: 9rem; }
 .note, figcaption { font-size: 0.85rem; color: #333; max-width: 56rem; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
@@ -64,7 +65,7 @@ def page(reports: Sequence[tuple[Findings, Sequence[Plot]] | Probe], command: st
         links = (f'<li><a href="#{_anchor(index)}">{escape(text)}</a></li>' for index, text in enumerate(titles))
         parts.append(f"<ul>{''.join(links)}</ul>")
         overview = overview_table([report[0] for report in reports if not isinstance(report, Probe)])
-        parts += [f"<h2>All answers</h2>\n{_table(overview)}"] if overview is not None else []
+        parts += [f"<h2>{TITLE}</h2>\n{_table(overview)}"] if overview is not None else []
     for index, report in enumerate(reports):
         head = f"<h2>{escape(titles[index])}</h2>" if len(titles) > 1 else ""
         if isinstance(report, Probe):
@@ -192,7 +193,7 @@ def _processes(content: Mapping[str, Any]) -> str:
 def _table(table: Table) -> str:
     heads = _cells(table.heads, table.text_columns, "th")
     rows = "".join(f"<tr>{_cells(row, table.text_columns, 'td')}</tr>\n" for row in table.rows)
-    note = f"<p class='note'>{escape(table.note)}</p>" if table.note else ""
+    note = f"<p class='note'>{_bold(escape(table.note))}</p>" if table.note else ""
     return f"<div class='scroll'><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>{note}"
 
 
