@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
-from harness.choice_transfer import transfer_choices
+from harness.choice_transfer import freeze_choices, transfer_choices
 from harness.distillation import Distillation, check_states, load_teacher
 from harness.fixed_noise import noise_of_examples, split_index
 from harness.loop import TrainingRecord, loss_of_model
@@ -111,6 +111,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         if PartialState().is_main_process:  # a run that is killed and goes on reports it, too
             self._transfer_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._transfer_file, json.dumps(dataclasses.asdict(transfer), indent=2))
+
+    def freeze_parameters(self, model: torch.nn.Module) -> None:
+        """Keeps queries and keys as they are, if so configured."""
+        if self.args.freeze_choice:
+            freeze_choices(model, self.args.layers)
 
     @property
     def _transfer_file(self) -> Path:

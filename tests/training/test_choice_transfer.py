@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import run
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel
@@ -15,7 +16,16 @@ from transformers import AlbertConfig, AlbertModel
 import gumbel_attention as ga
 from gumbel_attention.arguments import attention_problem
 from harness.arguments import FinetuneArguments
-from harness.choice_transfer import Transfer, _averages, _nearest, _scores, _values, choice_loss, transfer_choices
+from harness.choice_transfer import (
+    Transfer,
+    _averages,
+    _nearest,
+    _scores,
+    _values,
+    choice_loss,
+    freeze_choices,
+    transfer_choices,
+)
 from harness.errors import UsageError
 from models import build
 
@@ -175,3 +185,41 @@ def test_a_choice_that_is_never_made_is_refused(settings: dict[str, Any], change
     for name, value in (("choice_steps", -1), ("choice_learning_rate", 0.0)):
         with pytest.raises(UsageError, match=name):
             FinetuneArguments(**{**settings, "hard": True, name: value})
+
+
+def test_frozen_choices_keep_what_makes_queries_and_keys(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = build("bert").train()
+    state = torch.get_rng_state()
+    freeze_choices(model, (-1,))
+    assert torch.equal(torch.get_rng_state(), state)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.split("layer.1.attention.self.")[1] for name in frozen} == {
+        "query.weight", "query.bias", "key.weight", "key.bias",
+    }  # fmt: skip
+    assert model.training
+    with pytest.raises(ValueError, match="patch"):
+        ga.patch_of(model)
+    with pytest.raises(UsageError, match=r"c_attn.* makes queries, keys and values together"):
+        freeze_choices(build("gpt2"))
+
+
+def test_a_run_with_frozen_choices(settings: dict[str, Any], tmp_path: Path) -> None:
+    def weights(name: str, **changes: Any) -> dict[str, Tensor]:
+        hard = settings | {"hard": True, "noise": "none", "choice_steps": 4, "save_model": True}
+        run(hard, **{"output_dir": str(tmp_path / name), **changes})
+        return load_file(tmp_path / name / "model" / "model.safetensors")
+
+    short = weights("short", freeze_choice=True, max_train_steps=1)
+    checkpoints = {"freeze_choice": True, "checkpointing_steps": 2, "keep_last": None}
+    long = weights("long", **checkpoints)
+    changed = {name for name in long if not torch.equal(long[name], short[name])}
+    assert not any(".query." in name or ".key." in name for name in changed)
+    assert any(".value." in name for name in changed)
+    free = weights("free")
+    assert any(".query." in name for name in free if not torch.equal(free[name], short[name])), "the control"
+    (tmp_path / "long" / "results.json").unlink()
+    goes_on = {"overwrite_output_dir": False, "resume_from_checkpoint": str(tmp_path / "long" / "checkpoint-2")}
+    again = weights("long", **checkpoints, **goes_on)
+    assert all(torch.equal(again[name], long[name]) for name in long), "a run that goes on keeps them, too"
+    with pytest.raises(UsageError, match="freeze_choice"):
+        FinetuneArguments(**{**settings, "attention": "unpatched", "freeze_choice": True})

@@ -251,6 +251,7 @@ class FinetuneArguments(RunArguments):
         "and values to be near it",
     )
     choice_learning_rate: float = setting(1e-3, "of choice_steps, at the first of them")
+    freeze_choice: bool = setting(False, "queries and keys stay as they are in the training: all else learns for them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,6 +282,8 @@ class FinetuneArguments(RunArguments):
             raise UsageError("fixed_noise and gradient_checkpointing exclude each other: recomputation has no seeds.")
         if self.choice_steps and (self.attention == "unpatched" or not self.hard):
             raise UsageError(f"choice_steps={self.choice_steps} prepares a hard choice: it needs gumbel, hard: true.")
+        if self.freeze_choice and self.attention == "unpatched":
+            raise UsageError("freeze_choice finds queries and keys by the attention: it needs attention: gumbel.")
         if self.distill_from is not None and self.estimator == "score_function":
             raise UsageError("distill_from and estimator=score_function exclude each other: its loss is another one.")
         if self.distill_from is not None and self.distill_weight == self.distill_hidden == 0.0:

@@ -106,6 +106,42 @@ def transfer_choices(
     return Transfer(steps, time.perf_counter() - started, before, after)
 
 
+def freeze_choices(model: nn.Module, layers: tuple[int | str, ...] | None = None) -> None:
+    """Queries and keys learn no more: what makes them, in the layers that are hard, asks for no gradient.
+
+    They are known by the gradients of the scores, from each layer's inputs on.
+
+    Args:
+        model: of transformers, not patched.
+        layers: those that are hard; None is all.
+
+    Raises:
+        UsageError: something makes values, too, or see :func:`transfer_choices`.
+    """
+    training, device = model.training, next(model.parameters()).device
+    with ga.patch_model(model, ga.GumbelAttentionConfig(noise="none", layers=layers)):
+        model.eval()
+        problems = list(_Pair(model, model).problems({"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}))
+    model.train(training)
+    makes_scores = {name for ours, _ in problems for name in _makers(model, _scores(ours))}
+    makes_values = {name for ours, _ in problems for name in _makers(model, ours.value)}
+    joint = sorted(makes_scores & makes_values)
+    if joint:
+        raise UsageError(
+            f"freeze_choice: {joint[0]} makes queries, keys and values together, and only the first two are to stay. "
+            "Set freeze_choice: false."
+        )
+    for name in makes_scores:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _makers(model: nn.Module, result: Tensor) -> list[str]:
+    """Names of the parameters that the result depends on."""
+    named = list(model.named_parameters())
+    gradients = torch.autograd.grad(result.sum(), [one for _, one in named], allow_unused=True, retain_graph=True)
+    return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is not None]
+
+
 def choice_loss(ours: AttentionProblem, theirs: AttentionProblem) -> Tensor:
     """Cross entropy of our scores at the keys with values nearest to their averages, plus the error of our choice."""
     averages, counted = _averages(theirs)
@@ -176,8 +212,9 @@ def _check(calls: list[tuple[Any, Any]], asked: list[AttentionProblem]) -> None:
         return
     sink = " with a sink" if asked and asked[0].sinks is not None else ""
     raise UsageError(
-        f"choice_steps prepares layers that a forward pass calls once, without sinks; one was called {len(calls)} "
-        f"times and asked for attention {len(asked)} times{sink}. Set choice_steps: 0."
+        "choice_steps and freeze_choice are for layers that a forward pass calls once, without sinks; one was called "
+        f"{len(calls)} times and asked for attention {len(asked)} times{sink}. Set choice_steps: 0, freeze_choice: "
+        "false."
     )
 
 

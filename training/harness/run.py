@@ -51,7 +51,7 @@ class Task(Protocol):
     One whose ``compute_loss`` is no mean over examples has a method ``weight``: batch -> what it is a mean over, such
     as the number of tokens, as a 0-d tensor. One whose ``compute_loss`` honours ``estimator: score_function`` has a
     true attribute ``samples_loss``. A method ``prepare_model`` changes the weights of a model that begins its
-    training, before it is patched.
+    training, before it is patched; ``freeze_parameters``, then, says which of its parameters do not learn.
 
     Attributes:
         card: what the model card says of its models.
@@ -168,6 +168,9 @@ def _run(
     prepare = getattr(task, "prepare_model", None)
     if prepare is not None and checkpoint is None:
         prepare(model)
+    freeze = getattr(task, "freeze_parameters", None)
+    if freeze is not None:
+        freeze(model)
     steps = total_steps(args, len(train_loader))
     attention = control_attention(model, args, config, steps)
     if args.gradient_checkpointing:
