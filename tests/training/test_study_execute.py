@@ -161,7 +161,9 @@ def test_the_folder_of_a_finished_run_goes_though_its_runner_died_before_and_one
     claim = died.work / "claim-0"
     content = json.loads(claim.read_text())
     assert content.pop("released")
-    claim.write_text(json.dumps({**content, "began": content["began"] - 100.0}))  # a process that is no more
+    content["began"] -= 100.0  # a process that is no more,
+    content["process_began"] -= 100.0  # as is the one it had begun: nothing to wait for
+    claim.write_text(json.dumps(content))
     again = StubStarter()
     run(study, again, keep_work=True)
     assert died.work.exists()
