@@ -99,7 +99,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
         return model
 
     def prepare_model(self, model: torch.nn.Module) -> None:
-        """Lets the scores learn to choose, if so configured, on training batches in an order of their own."""
+        """Lets scores and values learn for one key, if so configured, on training batches in an order of their own."""
         args = self.args
         self._transfer_file.unlink(missing_ok=True)  # of a run that is overwritten
         if not args.choice_steps:

@@ -187,7 +187,7 @@ def test_a_choice_that_is_never_made_is_refused(settings: dict[str, Any], change
             FinetuneArguments(**{**settings, "hard": True, name: value})
 
 
-def test_frozen_choices_keep_what_makes_queries_and_keys(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_frozen_choices_keep_what_makes_queries_and_keys() -> None:
     model = build("bert").train()
     state = torch.get_rng_state()
     freeze_choices(model, (-1,))
