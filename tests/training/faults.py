@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from forked import Forked
 from interrupted import outcome, words
 
 import finetune
@@ -29,70 +29,70 @@ _SECONDS_TO_END = 60.0
 
 
 class Child:
-    """One process that runs finetune.py; or torchrun's agent and the processes that it starts, which do.
+    """One process that runs finetune.py, or several that run it together.
 
     Args:
         line: its command line.
         log: gets what it prints.
-        fresh: a fresh interpreter; else a fork of a server process that has imported finetune.py and nothing more,
-            which saves the seconds that the imports take.
-        processes: more than one are started by torchrun's agent, and are always fresh interpreters.
+        fresh: fresh interpreters, of which torchrun's agent starts several; else forks (:class:`forked.Forked`).
+        processes: how many.
     """
 
     def __init__(self, line: Sequence[str], log: Path, fresh: bool, processes: int = 1) -> None:
-        self._popen: subprocess.Popen[bytes] | None = None
-        self._processes = processes
-        if fresh or processes > 1:
-            together = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command = [sys.executable, *(together if processes > 1 else ()), finetune.__file__, *line]
+        self._together = processes > 1
+        if fresh:
+            agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [sys.executable, *(agent if self._together else ()), finetune.__file__, *line]
             with log.open("ab") as output:
                 self._popen = subprocess.Popen(command, stdout=output, stderr=output)
-            return
-        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # of the server
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults"])
-        self._process = context.Process(target=_run, args=(list(line), str(log)))
-        self._process.start()
+        else:
+            self._forked = Forked(finetune.main, list(line), log=log, processes=processes)
+        self._fresh = fresh
 
     def running(self) -> bool:
         """Whether it has not ended."""
-        return self._popen.poll() is None if self._popen else self._process.is_alive()
+        return self._popen.poll() is None if self._fresh else self._forked.running()
 
-    def send(self, number: signal.Signals) -> None:
-        """Sends a signal, if it has not ended."""
-        if self.running():
-            os.kill(self._popen.pid if self._popen else self._process.pid, number)
+    def send(self, number: signal.Signals, which: int = 0) -> None:
+        """Sends one of the processes a signal, if it has not ended."""
+        if not self._fresh:
+            self._forked.send(number, which)
+        elif self.running():
+            workers = _workers(self._popen.pid) if self._together else [self._popen.pid]
+            if len(workers) > which:  # else the run is at its end
+                os.kill(workers[which], number)
 
     def kill_one(self, which: int) -> None:
-        """Kills one of the processes that run finetune.py; what becomes of the others is up to torchrun.
+        """Kills one of the processes; the others must end soon.
 
         Raises:
-            TimeoutExpired: the agent does not end.
+            TimeoutError: not all have ended.
         """
-        if self._processes == 1 or self._popen is None:
-            self.send(signal.SIGKILL)
-            return
-        workers = _workers(self._popen.pid)
-        if len(workers) > which:  # else the run is at its end
-            os.kill(workers[which], signal.SIGKILL)
+        workers = _workers(self._popen.pid) if self._fresh and self._together else []
+        self.send(signal.SIGKILL, which)
         try:
-            self._popen.wait(_SECONDS_TO_END)
+            self.wait(_SECONDS_TO_END)
         finally:
             left = [pid for pid in workers if _parent(pid) is not None]
-            for pid in (*left, self._popen.pid):
+            for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        assert not left, "torchrun has ended, but not all of its processes"
+        if left:
+            raise TimeoutError("torchrun has ended, but not all of its processes")
 
-    def wait(self) -> int:
-        """The exit status; kills a process that takes too long."""
-        if self._popen is not None:
-            return self._popen.wait(_PATIENCE)
-        self._process.join(_PATIENCE)
-        if self._process.exitcode is None:
-            self._process.kill()
-            raise TimeoutError("the run does not end")
-        return int(self._process.exitcode)
+    def wait(self, seconds: float = _PATIENCE) -> int:
+        """The exit status.
+
+        Raises:
+            TimeoutError: it has not ended after so many seconds; it is killed.
+        """
+        if not self._fresh:
+            return self._forked.wait(seconds)
+        try:
+            return self._popen.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            self._popen.kill()
+            raise TimeoutError("the run does not end") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,6 @@ class Trials:
                 time.sleep(pause)
                 break
         child.kill_one(self.random.randrange(self.processes))
-        child.wait()
         found = find_checkpoints(folder)
         return Kill(
             aimed,
@@ -183,14 +182,6 @@ def wait_for(path: Path, child: Child) -> None:
     """Waits until there is such a file, or the process ends."""
     while child.running() and not path.exists():
         time.sleep(0.002)
-
-
-def _run(line: list[str], log: str) -> None:
-    """What a forked process does: finetune.py with its output in the log."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    finetune.main(line)
 
 
 def _workers(agent: int) -> list[int]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_readers
 import yaml
 from accelerate.data_loader import prepare_data_loader
+from forked import run_in_two
 from interrupted import outcome
 from language_runs import GPT2, TEXT, language_settings, results, start, stream_of
 from transformers import AutoTokenizer
@@ -29,14 +28,6 @@ LINES = [chr(0x4E00 + number) * (number % 5 + 1) for number in range(23)]
 """Each of a character of its own."""
 
 
-def torchrun(script: str, *words: str) -> None:
-    """Runs it in two processes."""
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.fixture
 def language(tmp_path: Path) -> dict[str, Any]:
     return language_settings(tmp_path)
@@ -51,7 +42,7 @@ def test_two_processes_compute_what_one_does(language: dict[str, Any], tmp_path:
     one = start(language, per_device_train_batch_size=8, output_dir=str(tmp_path / "one"))
     settings = LanguageModelArguments(**language).to_dict()
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
-    torchrun(language_model.__file__, f"--config={tmp_path / 'two.yaml'}")
+    run_in_two(language_model.main, [f"--config={tmp_path / 'two.yaml'}"], log=tmp_path / "log")
     two = results(tmp_path / "run")
     assert two["num_processes"] == 2
     assert [entry["loss"] for entry in two["series"]["train"]] == pytest.approx(
@@ -138,7 +129,7 @@ def test_a_stream_on_two_processes_goes_on_to_the_same_bits(language: dict[str, 
     """Files of 20 documents and of three; shuffled, with noise and dropout."""
     args = stream(language, tmp_path, [20, 3], shuffle_buffer=3, gradient_accumulation_steps=2)
     (tmp_path / "stream.yaml").write_text(yaml.safe_dump(args.to_dict()))
-    torchrun(str(Path(__file__).with_name("two_readers.py")), str(tmp_path / "stream.yaml"))
+    run_in_two(two_readers.main, tmp_path / "stream.yaml", log=tmp_path / "log")
     whole, resumed = tmp_path / "run", tmp_path / "resumed"
     seen = [torch.load(tmp_path / f"seen_{process}.pt") for process in (0, 1)]
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)

@@ -1,17 +1,16 @@
-"""Two processes on one machine without a GPU: torchrun starts them once, and every test looks at what they saw."""
+"""Two processes on one machine without a GPU: they start once, and every test looks at what they saw."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_processes
+from forked import run_in_two
 from interrupted import outcome, start
 from safetensors.torch import load_file
 from tiny import sentences, write_rows
@@ -70,12 +69,9 @@ def both(base: Path, one: dict[str, Any], alone: dict[str, Any]) -> list[dict[st
     write_rows(base / "uneven.tsv", sentences(22))
     settings = one | {"with_dropout": str(base / "vivid")}
     (base / "settings.json").write_text(json.dumps(settings))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    script = str(Path(__file__).with_name("two_processes.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, script, str(base)], env=environment, timeout=900, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_CPU", "true")
+        run_in_two(two_processes.main, base, log=base / "log", seconds=900.0)
     return [torch.load(base / f"process_{rank}.pt") for rank in (0, 1)]
 
 

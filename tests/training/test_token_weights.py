@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import run_in_two
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import transduction
@@ -68,9 +66,8 @@ def test_two_processes_take_the_steps_of_one(uneven: dict[str, Any], tmp_path: P
     for accumulation in (1, 2):
         folder = tmp_path / f"two-{accumulation}"
         given = {**uneven, "per_device_train_batch_size": 4 // accumulation, "output_dir": str(folder)}
-        words = [f"--{key}={value}" for key, value in given.items()]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += [transduction.__file__, *words, f"--gradient_accumulation_steps={accumulation}"]
-        subprocess.run(command, check=True, timeout=180, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        line = [f"--{key}={value}" for key, value in given.items()]
+        line.append(f"--gradient_accumulation_steps={accumulation}")
+        run_in_two(transduction.main, line, log=tmp_path / f"{folder.name}.log")
         series = json.loads((folder / "results.json").read_text())["series"]["train"]
         assert [entry["loss"] for entry in series] == pytest.approx(one, abs=TOLERANCE)

@@ -6,14 +6,13 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from forked import run_in_two
 from interrupted import HARD_TO_RESUME, at_batch, outcome, start, stop_at_batch, words
 from recorder import RATES, Recorder, recorded, series_of, without_rates
 from test_nonfinite import FetchCounter
@@ -271,12 +270,7 @@ def test_of_two_processes_the_first_tells_and_counts_for_both(settings: dict[str
     settings["train_file"] = write_rows(tmp_path / "train.tsv", sentences(20))
     alone = start(settings, output_dir=str(tmp_path / "one"))
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"per_device_train_batch_size": 4}))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, __file__, str(tmp_path)], env=environment, timeout=300, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_two(_one_of_two, tmp_path, log=tmp_path / "log")
     first, second = (json.loads((tmp_path / f"process_{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["told"]) == 1
     assert [tuple(each) for each in without_rates(first["told"][0])] == series_of(tmp_path / "run")
@@ -293,7 +287,3 @@ def _one_of_two(folder: Path) -> None:
         record = start(settings, report_to="wandb", attention_metrics="layers")
     found = {"told": [run.told for run in runs], "train": record.train, "tokens": record.tokens}
     (folder / f"process_{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    _one_of_two(Path(sys.argv[1]))

@@ -1,6 +1,4 @@
-"""What each of two processes does for test_processes.py: ``torchrun --nproc_per_node 2 two_processes.py FOLDER``.
-
-PYTHONPATH must lead to the package and to training/.
+"""What each of two processes does for test_processes.py.
 
 FOLDER/settings.json holds the settings of a run; every process writes FOLDER/process_<rank>.pt with what it saw.
 """
@@ -218,7 +216,3 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
     results |= {"copies at the end": copies_at_the_end, "ends": end_often(folder, rank)}
     torch.save(results, folder / f"process_{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

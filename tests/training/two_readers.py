@@ -1,4 +1,4 @@
-"""What each of two processes does for test_language_processes.py: ``torchrun --nproc_per_node 2 two_readers.py FILE``.
+"""What each of two processes does for test_language_processes.py.
 
 FILE holds the settings of a run of language_model.py, with a stream: it is made once whole and, in the folder
 ``resumed`` beside its own, once from its second step. Every process writes the inputs that it saw to
@@ -7,7 +7,6 @@ FILE holds the settings of a run of language_model.py, with a stream: it is made
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,3 @@ def main(file: Path) -> None:
             start(settings, **{key: str(value) for key, value in resumed.items()})
     torch.distributed.destroy_process_group()
     torch.save(seen, whole.with_name(f"seen_{rank}.pt"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
