@@ -150,7 +150,7 @@ def run_study(study: Study, select: Callable[[PlannedRun], bool], options: Optio
 def _with_search(study: Study, arms: set[str], failures: dict[str, str], options: Options) -> Study:
     """The study with what its search chose; an arm for which it chose nothing is added to ``failures``."""
     found = evaluate_search(study)
-    chosen = {arm: dict(values) for arm, values in study.chosen.items()}
+    chosen = study.chosen | chosen_before(study) | chosen_so_far(study)  # of other runners, too
     for arm in arms:
         choice = found[arm].chosen
         if choice is None:
@@ -158,7 +158,7 @@ def _with_search(study: Study, arms: set[str], failures: dict[str, str], options
             chosen.pop(arm, None)
             continue
         means = ", ".join(
-            f"{choice_words(tried)}: {'failed' if mean is None else f'{mean:.4g}'}" for tried, mean in found[arm].means
+            f"{choice_words(tried)}: {'none' if mean is None else f'{mean:.4g}'}" for tried, mean in found[arm].means
         )
         options.tell(f"search: {arm} takes {choice_words(choice)} ({study.metric} {means})")
         chosen[arm] = choice

@@ -5,8 +5,9 @@
 
 For each arm and evaluation mode the new mean of the study's metric over the seeds must lie in the 95 % Student-t
 interval over the seeds of ``--against``. On the same kind of processor and with one thread per run the rows come out
-the same to the bit; elsewhere arithmetic rounds differently, and training carries that on to other numbers. Exit
-status 1 if a mean lies outside, or a run failed.
+the same to the bit; elsewhere arithmetic rounds differently, and training carries that on to other numbers. Runs
+that an interrupted call left finished in ``--output_dir`` are counted, not repeated. Exit status 1 if a mean lies
+outside, or a run failed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 
 import ablate
 from harness.errors import UsageError
-from study.folder import read_study
+from study.folder import check_same_study, chosen_before, read_study
+from study.plan import load_study
 from study.process import Starter, SupervisedProcess
-from study.rows import Row, read_rows
+from study.rows import Row, is_row, read_rows
 from study.statistics import Interval, student_interval
 
 
@@ -101,6 +103,11 @@ def main(argv: Sequence[str] | None = None, start: Starter = SupervisedProcess) 
     try:
         committed = read_study(options.against)
         stated = read_rows(Path(options.against), allow_mixed=True)
+        study = load_study(options.config, options.output_dir)
+        check_same_study(committed, study)
+        if study.output_dir.resolve() == committed.output_dir.resolve():
+            raise UsageError(f"--output_dir and --against are both {options.against!r}: nothing would run again.")
+        before = sum(is_row(run.row) for run in study.with_chosen(chosen_before(study)).runs)
         output_dir = ["--output_dir", options.output_dir]
         status = ablate.main(["--config", options.config, *output_dir, "--jobs", str(options.jobs)], start)
         if status != 0:
@@ -114,6 +121,7 @@ def main(argv: Sequence[str] | None = None, start: Starter = SupervisedProcess) 
     equal, values = (sum(item.same[i] for item in results) for i in (0, 1))
     print(
         f"\n{len(results) - len(outside)} of {len(results)} means inside; {equal} of {values} values equal to the bit."
+        + (f" {before} of {len(study.runs)} runs were there from an earlier call." if before else "")
     )
     return 1 if outside or any(math.isnan(item.mean) for item in results) else 0
 

@@ -185,6 +185,9 @@ def test_a_choice_that_is_never_made_is_refused(settings: dict[str, Any], change
     for name, value in (("choice_steps", -1), ("choice_learning_rate", 0.0)):
         with pytest.raises(UsageError, match=name):
             FinetuneArguments(**{**settings, "hard": True, name: value})
+    for prepared in ({"choice_steps": 5}, {"freeze_choice": True}):
+        with pytest.raises(UsageError, match="they exclude heads"):
+            FinetuneArguments(**{**settings, "hard": True, "heads": (0,), **prepared})
 
 
 def test_frozen_choices_keep_what_makes_queries_and_keys() -> None:

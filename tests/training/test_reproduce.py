@@ -63,7 +63,33 @@ def test_a_study_of_other_arms_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "committed").rename(tmp_path / "other" / "committed")
     status, text = run_again(tmp_path / "other", measured, capsys, arms={"soft": {"noise": "gumbel"}})
     assert status == 2
-    assert "arm 'plain'" in text
+    assert "holds another study than the one to compare with" in text
+    assert "arms.plain.noise: 'none' -> '(not there)'" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"), [({"train_file": "/else/where/a.tsv"}, 0), ({"train_file": "/else/where/c.tsv"}, 2)]
+)
+def test_data_may_have_moved_and_keep_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], status: int
+) -> None:
+    base = {"train_file": "data/a.tsv", "validation_file": "data/b.tsv", "tau": 2.0}
+    run_again(tmp_path, measured, capsys, base=base)
+    got, text = run_again(tmp_path, measured, capsys, base=base | changed, output_dir="elsewhere")
+    assert got == status or "holds another study" in text
+
+
+def test_what_was_there_before_is_counted_and_the_stated_rows_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_again(tmp_path, measured, capsys)
+    status, text = run_again(tmp_path, measured, capsys)
+    assert status == 0
+    assert "8 of 8 values equal to the bit. 4 of 4 runs were there from an earlier call." in text
+    same = str(tmp_path / "committed")
+    words = ["--config", write_study(tmp_path), "--against", same, "--output_dir", same]
+    assert reproduce.main(words, StubStarter(value=measured)) == 2
+    assert "nothing would run again" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_the_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,8 +188,33 @@ def test_latest_begins_where_there_is_no_checkpoint(
     assert "is finished: nothing to do" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"a finished run of other settings \(there -> here\): tau: 1.0 -> 2.0"):
         start(settings, resume_from_checkpoint="latest", tau=2.0)
+    other = write_rows(tmp_path / "other.tsv", sentences(7))
+    with pytest.raises(UsageError, match=r"a finished run of other settings .*: validation_file: .*other.tsv"):
+        start(settings, resume_from_checkpoint="latest", validation_file=other)
     with pytest.raises(UsageError, match="no such folder"):
         start(settings, resume_from_checkpoint=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "new"))
+
+
+def test_results_name_the_code_that_each_part_began_with(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commits that are made meanwhile are none of it."""
+    commits = [{"commit": letter * 40, "dirty": False} for letter in "abc"]
+    code = commits.copy()
+    monkeypatch.setattr("harness.results.git_state", lambda _: code[0])
+    with monkeypatch.context() as patched:
+        at_batch(1, lambda: code.pop(0), patched)
+        stop_at_batch(2, settings, patched)
+    with monkeypatch.context() as patched:
+        at_batch(1, lambda: code.pop(0), patched)
+        start(settings, resume_from_checkpoint="latest")
+    assert f"the code was [{commits[0]}] and is [{commits[1]}]" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["git"], results["earlier_git"]) == (commits[1], commits[:1])
+    start(settings, overwrite_output_dir=True)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["git"] == commits[2]
+    assert "earlier_git" not in results
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,23 @@ def test_what_is_left_without_a_checkpoint_is_removed_and_with_one_it_stays(tmp_
     assert {"checkpoint-3", "rubbish", "folder"} < set(second)
 
 
+def test_a_row_that_was_removed_is_run_again_though_its_folder_was_kept(tmp_path: Path) -> None:
+    """But not where the row was never written: what is finished is not repeated."""
+    study = load_study(write_study(tmp_path))
+    run(study, StubStarter(), keep_work=True)
+    study.runs[3].row.unlink()
+    again = StubStarter(value=lambda settings: 0.9)
+    assert run(study, again, keep_work=True)[0] == {}
+    assert again.started == [study.runs[3].id]
+    assert rows_in(tmp_path / "out")[study.runs[3].id]["final"]["noise_off"]["accuracy"] == 0.9
+    claim = sorted(study.runs[3].work.glob("claim-*"))[-1]
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "finished": False}))
+    study.runs[3].row.unlink()
+    third = StubStarter()
+    run(study, third, keep_work=True)
+    assert third.started == []
+
+
 def test_leftovers_of_a_removal_go(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path))
     (tmp_path / "out" / "work" / ".removed-0123" / "folder").mkdir(parents=True)

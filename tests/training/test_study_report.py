@@ -16,6 +16,7 @@ import report
 from harness.errors import UsageError
 from study.figures import plots
 from study.findings import Findings, estimate, read_findings
+from study.folder import read_study
 from study.page import page
 from study.tables import (
     arms_table,
@@ -236,17 +237,21 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
 def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
     asked = [question("early", "noisy", "plain"), question("late", "noisy", "plain-2")]
     make_study(tmp_path / "half", value, {**ARMS, "plain-2": {"noise": "none", "tau": 2.0}}, questions=asked)
-    for path in (tmp_path / "half" / "runs").glob("plain-2-*"):
+    for path in (tmp_path / "half" / "runs").glob("plain-2-seed*"):
         path.unlink()
     failed = {"reason": "exit status 1", "log": ["a", "ValueError: why"]}
     (tmp_path / "half" / "failed").mkdir()
-    (tmp_path / "half" / "failed" / "plain-2-seed0-x.json").write_text(json.dumps(failed))
+    planned = next(run for run in read_study(tmp_path / "half").runs if run.arm == "plain-2")
+    planned.failure.write_text(json.dumps(failed))
+    earlier = failed | {"reason": "under an earlier plan"}
+    (tmp_path / "half" / "failed" / "plain-2-seed0-00000000.json").write_text(json.dumps(earlier))
     findings = read_findings(tmp_path / "half")
     assert list(metric_table(findings).rows[2]) == ["plain-2", "0", "-", *["-"] * 5]
     text = parsed(page_of(findings)).text
     assert "10 of 15 finished" in text
     assert "plain-2 seed 0, plain-2 seed 1" in text
     assert "exit status 1: ValueError: why" in text
+    assert "under an earlier plan" not in text
     assert "Not answered: question 'late'" in text
     assert "over the 1 questions of 2 that can be answered" in text
 
@@ -279,7 +284,14 @@ def test_search_is_shown(tmp_path: Path) -> None:
     (tmp_path / "known" / "search" / "chosen.json").write_text(json.dumps(content))
     table = search_table(read_findings(tmp_path / "known"))
     assert table is not None
-    assert (list(table.heads), list(table.rows[0])) == (["arm", "tau 1", "tau 2"], ["plain", "**0.5000**", "failed"])
+    assert (list(table.heads), list(table.rows[0])) == (["arm", "tau 1", "tau 2"], ["plain", "**0.5000**", "-"])
+    tried = read_study(tmp_path / "known").search.runs  # type: ignore[union-attr]  # it has one
+    failed = next(run.failure for run in tried if (run.arm, run.choice) == ("plain", (("tau", 2.0),)))
+    failed.parent.mkdir()
+    failed.write_text(json.dumps({"reason": "exit status 1"}))
+    table = search_table(read_findings(tmp_path / "known"))
+    assert table is not None
+    assert list(table.rows[0])[2] == "failed"
 
 
 def test_texts_of_a_study_are_no_markup(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def test_rows_come_in_the_order_of_the_plan_and_no_others(tmp_path: Path) -> Non
         ({"versions": {**VERSIONS, "gumbel_attention": "0.2"}}, "gumbel_attention: 0.1"),
         ({"git": {"commit": "d" * 40, "dirty": False}}, f"commit: {'c' * 40}"),
         ({"git": None}, "None"),
+        ({"git": {"commit": "c" * 40, "dirty": True}}, f"{'c' * 40} with changes"),
+        ({"earlier_git": [{"commit": "d" * 40, "dirty": False}]}, f"{'d' * 40}, then {'c' * 40}"),
         ({"device": "NVIDIA H100"}, "NVIDIA H100"),
     ],
 )
@@ -58,10 +60,9 @@ def test_mixed_rows_are_refused_unless_told_and_marked(tmp_path: Path, change: d
     assert [len(row.differs) for row in rows] == [0, 0, 1]
 
 
-def test_other_packages_and_changed_files_do_not_make_rows_mixed(tmp_path: Path) -> None:
-    dirty = {"commit": "c" * 40, "dirty": True}
-    write_rows(tmp_path / "runs", [row_of("a", 0), row_of("a", 1, versions={**VERSIONS, "python": "3.12"}, git=dirty)])
-    assert [row.dirty for row in read_rows(tmp_path)] == [False, True]
+def test_other_packages_do_not_make_rows_mixed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "runs", [row_of("a", 0), row_of("a", 1, versions={**VERSIONS, "python": "3.12"})])
+    assert [row.differs for row in read_rows(tmp_path)] == [(), ()]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_value_that_fails_is_not_chosen_and_said(tmp_path: Path, capsys: pytes
     diverges = StubStarter(value=peak(2e-4), fails=lambda settings: settings["learning_rate"] == 2e-4)
     assert ablate.main(["--config", path], diverges) == 1
     assert {row.config["learning_rate"] for row in read_rows(tmp_path / "out")} == {5e-5}
-    assert "learning_rate 0.0002: failed" in capsys.readouterr().out
+    assert "learning_rate 0.0002: none" in capsys.readouterr().out
     assert ablate.main(["--config", path, "--only", "plain", "--seeds", "0"], diverges) == 1
     assert len(read_rows(tmp_path / "out")) == 4, "what was chosen for the other arm stays"
     nothing = write_study(tmp_path, search=SEARCH, output_dir=str(tmp_path / "none"))
@@ -106,6 +106,24 @@ def test_one_arm_alone_and_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "16 runs, 7 finished, 9 to do" in out
     assert out.count("learning_rate is chosen first") == 2
     assert "(to run)\n" in out
+
+
+def test_a_runner_of_other_arms_keeps_what_was_chosen_meanwhile(tmp_path: Path) -> None:
+    """While one runner is in the search of one arm, another one finishes the other arm, search and all."""
+    path = write_study(tmp_path, search=SEARCH)
+    inner = ["--config", path, "--only", "plain"]
+    calls = []
+
+    def value(settings: dict[str, Any]) -> float:
+        if settings["noise"] == "gumbel" and not calls:
+            calls.append(ablate.main(inner, StubStarter(value=peak(2e-4))))
+        return float(peak(1e-4)(settings))
+
+    assert ablate.main(["--config", path, "--only", "soft"], StubStarter(value=value)) == 0
+    assert calls == [0]
+    rates = {row.arm: row.config["learning_rate"] for row in read_rows(tmp_path / "out")}
+    assert rates == {"soft": 1e-4, "plain": 2e-4}
+    assert read_study(tmp_path / "out").unsettled == []
 
 
 def test_some_arms_may_keep_what_the_base_says(tmp_path: Path) -> None:
@@ -168,6 +186,11 @@ FILES = {"model_name_or_path": "gpt2", "train_file": "a.txt", "validation_file":
         ("finetune", HUB, {"validation_split": "validation[:50%]"}, "own evaluation data"),
         ("finetune", HUB, {"train_split": "train", "validation_split": "train[90%:]"}, "what it is trained on"),
         ("finetune", HUB, {"train_split": "validation", "validation_split": "test"}, "trained on the study's"),
+        ("finetune", HUB, {"train_split": "train+validation", "validation_split": "test"}, "trained on the study's"),
+        ("finetune", HUB, {"validation_split": "other + validation[:50%]"}, "own evaluation data"),
+        ("finetune", HUB, {"validation_split": "other+more"}, None),
+        ("finetune", {"train_file": "a", "validation_file": "b{seed}"}, {"validation_file": "b1"}, "own evaluation"),
+        ("finetune", {"train_file": "a", "validation_file": "b{seed}"}, {"validation_file": "b7"}, None),
         ("language_model", TEXT, {"validation_split_percentage": 20}, "own evaluation data"),
         ("language_model", TEXT, {"train_file": "part.txt"}, None),
         (

@@ -282,6 +282,8 @@ class FinetuneArguments(RunArguments):
             raise UsageError("fixed_noise and gradient_checkpointing exclude each other: recomputation has no seeds.")
         if self.choice_steps and (self.attention == "unpatched" or not self.hard):
             raise UsageError(f"choice_steps={self.choice_steps} prepares a hard choice: it needs gumbel, hard: true.")
+        if (self.choice_steps or self.freeze_choice) and self.heads is not None:
+            raise UsageError("choice_steps and freeze_choice are for all heads of a layer: they exclude heads.")
         if self.freeze_choice and self.attention == "unpatched":
             raise UsageError("freeze_choice finds queries and keys by the attention: it needs attention: gumbel.")
         if self.distill_from is not None and self.estimator == "score_function":

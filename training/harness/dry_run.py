@@ -29,7 +29,7 @@ from harness.errors import UsageError
 from harness.library_layers import LibraryLayers
 from harness.loop import steps_per_epoch, total_steps
 from harness.models import enable_checkpointing
-from harness.resume import differing_settings, finished_before, prepare_output
+from harness.resume import COMPARED_AS_DATA, differing_settings, finished_before, prepare_output
 from harness.saved_run import read_identity
 
 SECONDS = 5.0
@@ -129,7 +129,7 @@ def _describe_resuming(args: RunArguments) -> str:
     checkpoint = latest(folder, lambda line: None) if wanted == "latest" else Path(wanted)
     if checkpoint is None:
         return f"{folder}: a run would begin in it, there is no checkpoint to go on from"
-    different = differing_settings(read_identity(checkpoint).config, args)
+    different = differing_settings(read_identity(checkpoint).config, args, COMPARED_AS_DATA)
     if different:
         listed = "; ".join(f"{name}: {then!r} -> {now!r}" for name, (then, now) in different.items())
         return f"{folder}: {checkpoint.name} is of other settings (there -> here): {listed}"

@@ -20,7 +20,6 @@ from harness.resume import FREE_SETTINGS
 CARD_FILE = "README.md"
 _HUB_NAMES = {MINILM: "sentence-transformers/all-MiniLM-L6-v2"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_NOT_SHOWN = FREE_SETTINGS | {"cache_dir", "dry_run"}
 _MODES = {NOISE_OFF: "noise off", NOISE_ON: "noise on"}
 _DATA = ("dataset_name", "dataset_config_name", "train_file", "validation_file", "train_split", "validation_split")
 
@@ -233,7 +232,7 @@ def _results(results: Mapping[str, Any]) -> str:
 
 def _settings(args: RunArguments) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    shown = {name: value for name, value in args.to_dict().items() if name not in _NOT_SHOWN}
+    shown = {name: value for name, value in args.to_dict().items() if name not in FREE_SETTINGS}
     changed = {
         f"`{name}`": f"`{without_machine(value)}`"
         for name, value in shown.items()

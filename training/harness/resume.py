@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ LATEST = "latest"
 FREE_SETTINGS = frozenset(
     (
         *("output_dir", "overwrite_output_dir", "save_model", "checkpointing_steps", "keep_last"),
-        *("resume_from_checkpoint", "report_to", "project_name", "attention_metrics", "dry_run"),
+        *("resume_from_checkpoint", "report_to", "project_name", "attention_metrics", "dry_run", "cache_dir"),
     )
 )
 """Settings that change nothing in what a run computes."""
-_ALSO_FREE_ON_RESUME = frozenset(("cache_dir", "train_file", "validation_file"))  # the data themselves are compared
+COMPARED_AS_DATA = frozenset(("train_file", "validation_file"))
+"""Where a checkpoint is gone on with, the data themselves are compared: the files may have moved."""
 _BATCH_SETTINGS = frozenset(("per_device_train_batch_size", "gradient_accumulation_steps"))  # their product is
 
 
@@ -66,7 +67,7 @@ def finished_before(args: RunArguments) -> dict[str, Any] | None:
     results = None if args.resume_from_checkpoint is None else read_results(Path(args.output_dir))
     if results is None:
         return None
-    different = differing_settings(results.get("config", {}), args)
+    different = differing_settings(results.get("config", {}), args, free=())
     if different:
         raise UsageError(_other_run(args.output_dir, "a finished run", different))
     return results
@@ -84,16 +85,24 @@ def check_data(checkpoint: Path, identity: RunIdentity, tell: Callable[[str], ob
         tell(f"the checkpoint is of {saved.processes} processes, this run has {identity.processes}: not to the bit")
     for key, (then, now) in _differences(saved.environment, identity.environment).items():
         tell(f"not to the bit perhaps: {key} was {then!r} and is {now!r}")
+    if saved.code != identity.code:
+        tell(f"not to the bit perhaps: the code was {saved.code[-1:]} and is {identity.code[-1:]}")
 
 
 def differing_settings(
-    saved: Mapping[str, Any], args: RunArguments, free: frozenset[str] | tuple[()] = ()
+    saved: Mapping[str, Any], args: RunArguments, free: Iterable[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Name -> (saved, present) of the settings that matter and differ; a setting not saved had its default."""
+    """Name -> (saved, present) of the settings that matter and differ; a setting not saved had its default.
+
+    Args:
+        saved: settings of another run.
+        args: of this one.
+        free: settings that may differ, beside those that change nothing in what a run computes.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     present = args.to_dict()
     then = {key: saved.get(key, defaults[key]) for key in present} | dict(saved)
-    passed_over = FREE_SETTINGS | _ALSO_FREE_ON_RESUME | frozenset(free)
+    passed_over = FREE_SETTINGS.union(free)
     return {key: pair for key, pair in _differences(then, present).items() if key not in passed_over}
 
 
@@ -123,7 +132,8 @@ def _decide(args: RunArguments, processes: int, tell: Callable[[str], object]) -
 def _check_settings(checkpoint: Path, args: RunArguments, processes: int) -> None:
     """Compares what can be compared before the data are loaded."""
     saved = read_identity(checkpoint)
-    different = differing_settings(saved.config, args, () if saved.processes == processes else _BATCH_SETTINGS)
+    batches = frozenset[str]() if saved.processes == processes else _BATCH_SETTINGS
+    different = differing_settings(saved.config, args, COMPARED_AS_DATA | batches)
     present = dataclasses.replace(saved, config=args.to_dict(), processes=processes)
     if saved.examples_per_step != present.examples_per_step:
         different["examples per optimiser step"] = (saved.examples_per_step, present.examples_per_step)
@@ -156,7 +166,7 @@ def _refuse_occupied(folder: Path, args: RunArguments) -> None:
         return
     try:
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        different = differing_settings(saved, args)
+        different = differing_settings(saved, args, free=())
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError):
         different = {CONFIG_FILE: ("unreadable", "")}
     if different:

@@ -38,7 +38,7 @@ from harness.nonfinite import NonFiniteError
 from harness.processes import end_together
 from harness.results import environment, peak_memory_bytes, write_config, write_results
 from harness.resume import check_data, finished_before, prepare_output
-from harness.saved_run import RunIdentity, TrainingRecord, use_plain_names
+from harness.saved_run import RunIdentity, TrainingRecord, read_identity, use_plain_names
 from harness.stopping import STOPPED_STATUS, Stopped, StopSignals
 from harness.tracking import tracked, tracker_options, tracking_id
 
@@ -151,11 +151,13 @@ def _run(
         return _record_of(before)
     checkpoint = prepare_output(args, accelerator, tell)
     _quieten_other_processes(accelerator)
+    computing = environment(accelerator.device, accelerator.num_processes)  # before another commit is checked out
 
     data = task.load_data(accelerator)
     known_as = tracking_id(args, checkpoint)
     identity = RunIdentity(
-        args.to_dict(), data, accelerator.num_processes, _computing_environment(accelerator), known_as
+        *(args.to_dict(), data, accelerator.num_processes, _deciding_bits(computing), known_as),
+        code=_code_of_parts(computing["git"], checkpoint),
     )
     if checkpoint is not None:
         check_data(checkpoint, identity, tell)
@@ -196,7 +198,9 @@ def _run(
         if checkpoint is not None:
             loop.resume(checkpoint)
         record = loop.run()
-    results = _summary(args, record, accelerator, started) | task.facts()
+    results = _summary(args, record, accelerator, started) | computing | task.facts()
+    if len(identity.code) > 1:
+        results["earlier_git"] = identity.code[:-1]
     if args.save_model:
         _save_model(accelerator, args, task, model, folder / "model")
     if accelerator.is_main_process:
@@ -247,7 +251,7 @@ def _save_model(accelerator: Accelerator, args: RunArguments, task: Task, model:
 def _summary(
     args: RunArguments, record: TrainingRecord, accelerator: Accelerator, started: datetime
 ) -> dict[str, Any]:
-    """The content of results.json, without its status and what the task says."""
+    """The content of results.json, without its status, where it was computed and what the task says."""
     return {
         "started": started.isoformat(timespec="seconds"),
         "resumed_at_steps": record.resumed_at,
@@ -261,7 +265,6 @@ def _summary(
         "tokens": record.tokens,
         "tokens_per_second": None if record.tokens is None else record.tokens / record.train_seconds,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-        **environment(accelerator.device, accelerator.num_processes),
     }
 
 
@@ -278,10 +281,15 @@ def _record_of(results: dict[str, Any]) -> TrainingRecord:
     )
 
 
-def _computing_environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What the last bits of a run may depend on beside its settings."""
-    known = environment(accelerator.device, accelerator.num_processes)
-    return {"device": known["device"], "num_threads": known["num_threads"], **known["versions"]}
+def _deciding_bits(computing: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last bits of a run may depend on beside its settings and code."""
+    return {"device": computing["device"], "num_threads": computing["num_threads"], **computing["versions"]}
+
+
+def _code_of_parts(git: dict[str, Any] | None, checkpoint: Path | None) -> list[dict[str, Any] | None]:
+    """The git states of the parts of a run, the present one last; none twice in a row."""
+    before = [] if checkpoint is None else read_identity(checkpoint).code
+    return before if before[-1:] == [git] else [*before, git]
 
 
 def _teller(accelerator: Accelerator) -> Callable[[str], None]:

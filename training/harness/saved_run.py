@@ -78,6 +78,8 @@ class RunIdentity:
         processes: their number.
         environment: device and versions; a difference is told, not refused.
         tracking_id: the name under which trackers know the run; None if no tracker had it.
+        code: git states of the code that the run's parts began with, in their order, none twice in a row; a
+            difference is told, not refused.
     """
 
     config: dict[str, Any]
@@ -85,6 +87,7 @@ class RunIdentity:
     processes: int
     environment: dict[str, Any]
     tracking_id: str | None = None
+    code: list[dict[str, Any] | None] = dataclasses.field(default_factory=list)
 
     @property
     def examples_per_batch(self) -> int:

@@ -75,7 +75,7 @@ def check_other_evaluation_data(search: RunArguments, study: RunArguments, where
 
     A run of the search may hold out a part of its training data (``holdout_percentage``). If the study evaluates on
     the end of these (``validation_split_percentage``), the search must leave off as much, or more. Two splits of the
-    hub that are slices, such as ``train[:90%]`` and ``train[90%:]``, count as others if their texts differ.
+    hub that are slices of one, such as ``train[:90%]`` and ``train[90%:]``, count as others if their texts differ.
 
     Args:
         search: settings of a run of the search.
@@ -110,7 +110,13 @@ def _resolved(path: str) -> str:
 
 
 def _holds(whole: tuple[Any, ...], part: tuple[Any, ...]) -> bool:
-    """Whether ``whole`` is a split of the hub of which ``part`` is a slice."""
-    if whole[0] != "split" or part[0] != "split":
+    """Whether a split of the hub in ``whole`` is one in ``part``, too, or holds a slice that is."""
+    if whole[0] != "split" or part[0] != "split" or whole[1:3] != part[1:3]:
         return False
-    return whole[1:3] == part[1:3] and "[" not in whole[3] and part[3].split("[")[0] == whole[3]
+    parts = _splits(part[3])
+    return any(split == other or split == other.split("[")[0] for split in _splits(whole[3]) for other in parts)
+
+
+def _splits(words: str) -> list[str]:
+    """The splits of ``train+validation[:10%]``, as the hub's data sets join them."""
+    return [split.strip() for split in words.split("+")]

@@ -179,6 +179,8 @@ class _Executor:
             return
         process = None
         try:
+            if lease.finished_before:  # and its row was removed: it is to run again
+                leases.clear(run.work)
             if _prepare(run):
                 self._finish(run, lease, None)
                 return
@@ -237,7 +239,7 @@ class _Executor:
             return
         run.failure.unlink(missing_ok=True)
         if self._options.keep_work:
-            lease.release()
+            lease.release(finished=True)
         else:
             lease.remove_work()
         self._progress.note_finished(run)

@@ -15,7 +15,7 @@ from scipy import stats
 from harness.errors import UsageError
 from harness.evaluation import HARD, NOISE_OFF, NOISE_ON, SOFT
 from study.folder import read_study
-from study.plan import FAILED_FOLDER, SEARCH_FOLDER, Study
+from study.plan import SEARCH_FOLDER, Study
 from study.questions import modes_of
 from study.rows import CHOSEN_FILE, STUDY_FILE, Row, read_rows
 from study.statistics import CONFIDENCE
@@ -207,11 +207,9 @@ def metric_words(metric: str) -> str:
 
 
 def _failed(study: Study) -> dict[str, str]:
-    found = {}
-    for path in sorted((study.output_dir / FAILED_FOLDER).glob("*.json")):
-        content = _read_json(path)
-        found[path.stem] = _last_words(content)
-    return found
+    """Of the runs that are planned; what failed under an earlier plan is passed over."""
+    runs = [*study.runs, *(study.search.runs if study.search else ())]
+    return {run.id: _last_words(_read_json(run.failure)) for run in runs if run.failure.exists()}
 
 
 def _last_words(content: Mapping[str, Any]) -> str:

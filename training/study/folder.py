@@ -76,6 +76,16 @@ def chosen_before(study: Study) -> dict[str, dict[str, float]]:
     return {} if _differences(content, study_content(study)) else chosen
 
 
+def check_same_study(study: Study, other: Study) -> None:
+    """Raises UsageError unless they are one study; their data files may lie in other folders, under the same names."""
+    different = _differences(study_content(study), study_content(other), moved=True)
+    if different:
+        raise UsageError(
+            f"{str(study.output_dir)!r} holds another study than the one to compare with; these differ (there -> "
+            f"here): {'; '.join(different)}."
+        )
+
+
 def study_content(study: Study) -> dict[str, Any]:
     """What study.yaml holds: the file of the study with all defaults, the ids it plans and what its search chose."""
     search = study.search
@@ -113,16 +123,21 @@ def study_content(study: Study) -> dict[str, Any]:
     return plain
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes another study, in words."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], moved: bool = False) -> list[str]:
+    """What makes another study, in words; with ``moved``, files of the same names in other folders do not."""
     then, here = (_flat({key: content.get(key) for key in _DECIDING}) for content in (before, now))
     keys = [*here, *(key for key in then if key not in here)]
     absent = "(not there)"
     return [
         f"{key}: {then.get(key, absent)!r} -> {here.get(key, absent)!r}"
         for key in keys
-        if then.get(key, absent) != here.get(key, absent)
+        if then.get(key, absent) != here.get(key, absent) and not (moved and _is_moved(then.get(key), here.get(key)))
     ]
+
+
+def _is_moved(then: Any, here: Any) -> bool:
+    paths = [Path(value) for value in (then, here) if isinstance(value, str) and "/" in value]
+    return len(paths) == 2 and paths[0].name == paths[1].name
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

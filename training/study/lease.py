@@ -37,10 +37,14 @@ class Lease:
         path: the claim.
         number: its number.
         content: what it says.
+
+    Attributes:
+        finished_before: whether the last holder had finished the run, row and all, and left the folder.
     """
 
     def __init__(self, path: Path, number: int, content: dict[str, Any]) -> None:
         self._path, self._number, self._content = path, number, content
+        self.finished_before = False
 
     def beat(self) -> bool:
         """Touches the claim; False if another runner has taken over."""
@@ -56,11 +60,11 @@ class Lease:
         """Writes down which process works on the run."""
         self._write(process=pid, process_began=started_at(pid))
 
-    def release(self) -> None:
-        """Gives the run up, for whoever wants it."""
+    def release(self, finished: bool = False) -> None:
+        """Gives the run up, for whoever wants it; ``finished`` says that its row is written."""
         with contextlib.suppress(OSError):
             if self._path.exists():
-                self._write(released=True)
+                self._write(released=True, finished=finished)
 
     def remove_work(self) -> None:
         """Removes the folder of the run, which is finished."""
@@ -97,6 +101,8 @@ def take(work: Path, stale_seconds: float = STALE_SECONDS) -> Lease | None:
     died_here = before.get("machine") == machine() and not before.get("released")
     if lease is not None and died_here and before.get("process_began") is not None:
         end_leftover(before["process"], before["process_began"])
+    if lease is not None:
+        lease.finished_before = bool(before.get("finished"))
     return lease
 
 

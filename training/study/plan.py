@@ -345,12 +345,13 @@ def _search(
     runs = []
     for arm, differences in searched.items():
         here = f"arm {arm!r} in the {where}"
-        plain = run_settings(kind, {**base, **differences, "seed": study_seeds[0]}, here)
+        plain, *others = (run_settings(kind, {**base, **differences, "seed": seed}, here) for seed in study_seeds)
         if mode not in modes_of(plain):
             raise UsageError(f"mode in {where}: {here} is evaluated in {', '.join(modes_of(plain))}, got {mode!r}.")
         for choice, seed in itertools.product(search.choices(), seeds):
             args = run_settings(kind, {**base, **differences, **settings, **choice, "seed": seed}, here)
-            check_other_evaluation_data(args, plain, here)
+            for studied in (plain, *others):  # {seed} in a path makes other files of other seeds
+                check_other_evaluation_data(args, studied, here)
             runs.append(plan_run(arm, args, output_dir, script, choice))
     return dataclasses.replace(search, runs=tuple(runs))
 

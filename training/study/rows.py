@@ -130,12 +130,21 @@ class Row:
         """The name of the GPU, or the kind of the processor."""
         return str(self.content["device"])
 
+    @property
+    def code(self) -> str | None:
+        """The commit and whether files differed from it; before it those of earlier parts that other code ran."""
+        states = [*self.content.get("earlier_git", []), self.content.get("git")]
+        if states == [None]:
+            return None
+        words = ["no commit" if s is None else s["commit"] + (" with changes" if s["dirty"] else "") for s in states]
+        return ", then ".join(words)
+
     def compared(self) -> dict[str, str | None]:
         """The values of :data:`COMPARED`."""
         return {
             "torch": self.versions.get("torch"),
             "gumbel_attention": self.versions.get("gumbel_attention"),
-            "commit": self.commit,
+            "commit": self.code,
             "device": self.device,
         }
 

@@ -143,11 +143,17 @@ def search_table(findings: Findings) -> Table | None:
         return None
     arms: Mapping[str, Any] = search["arms"]
     choices = list(dict.fromkeys(choice_words(tried["choice"]) for arm in arms.values() for tried in arm["means"]))
+    searched = findings.study.search.runs if findings.study.search else ()
     rows = []
     for name, arm in arms.items():
         means = {choice_words(tried["choice"]): tried["mean"] for tried in arm["means"]}
         best = None if arm["chosen"] is None else choice_words(arm["chosen"])
-        rows.append([name, *(_searched(means.get(choice), choice == best) for choice in choices)])
+        ended_badly = {
+            choice_words(dict(run.choice)) for run in searched if run.arm == name and run.id in findings.failed
+        }
+        rows.append(
+            [name, *(_searched(means.get(choice), choice == best, choice in ended_badly) for choice in choices)]
+        )
     note = (
         f"Mean {metric_words(search['metric'])} ({search['better']} is better, {mode_words(search['mode'])}) over the "
         f"seeds {words(search['seeds'])} of the search, on other evaluation data than the study's. Bold: chosen."
@@ -286,9 +292,10 @@ def _verdict_row(verdict: Verdict) -> list[str]:
     ]
 
 
-def _searched(mean: float | None, best: bool) -> str:
-    text = "failed" if mean is None else f"{mean:.4f}"
-    return f"**{text}**" if best else text
+def _searched(mean: float | None, best: bool, failed: bool) -> str:
+    if mean is None:
+        return "failed" if failed else NOTHING
+    return f"**{mean:.4f}**" if best else f"{mean:.4f}"
 
 
 def _mean(values: Sequence[float]) -> float:
