@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from gumbel_attention.config import ESTIMATORS, IMPLS
 from harness.arguments import FinetuneArguments
 from harness.attention import attention_config
 from harness.errors import UsageError
@@ -118,6 +120,7 @@ def test_unset_variable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = write(tmp_path / "c.yaml", "name: ${SOME_DIR}/train.tsv\n")
     with pytest.raises(UsageError, match=r"name in .* uses the environment variable SOME_DIR, which is not set"):
         parse_arguments(Small, ["--config", config])
+    assert parse_arguments(Small, ["--config", config, "--name", "own"]).name == "own", "what it is in does not count"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,16 @@ def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         parse_arguments(FinetuneArguments, ["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in FinetuneArguments.__dataclass_fields__)
+    words = " ".join(text.split())
+    for default in ("(default: 5.0e-05)", "(default: gumbel)", "(default: runs/finetune)", "(default: null)"):
+        assert default in words
+    assert f"--impl str of the attention: {enumeration(IMPLS)} (default: auto)" in words
+    assert f"gradient of a hard choice: {enumeration(ESTIMATORS)}; null" in words
+
+
+def enumeration(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 @pytest.mark.parametrize(

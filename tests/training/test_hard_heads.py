@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import hard_heads
 from harness.fixed_keys import fix_keys
 from harness.hard_heads import choices_of, dependence, hardness_curves
 from models import build
+from study.plan import load_study
 
 
 def test_curves_make_the_layers_hard_in_both_orders_and_leave_the_patch_alone() -> None:
@@ -167,3 +170,17 @@ def test_a_folder_without_a_saved_model_is_refused(
         hard_heads.main([settings["output_dir"]])
     assert stopped.value.code == 2
     assert "save_model: true" in capsys.readouterr().err
+
+
+def test_the_command_in_the_studys_file_takes_each_saved_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside folders of the search, and of an arm whose name begins like another's."""
+    monkeypatch.setenv("SST2_DIR", "/folder")
+    path = Path(hard_heads.__file__).parents[1] / "configs" / "ablation" / "hard_minilm.yaml"
+    study = load_study(path)
+    command = re.search(r"python training/hard_heads.py (.*?) --output", re.sub(r"\\\n#", "", path.read_text()))
+    assert command is not None
+    assert study.search is not None
+    folders = [f"results/hard_minilm/work/{run.id}" for run in (*study.runs, *study.search.runs)]
+    taken = [Path(folder).name for pattern in command[1].split() for folder in fnmatch.filter(folders, pattern)]
+    assert sorted(taken) == sorted(run.id for run in study.runs if getattr(run.args, "save_model", False))
+    assert len(taken) == 10

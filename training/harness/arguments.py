@@ -66,7 +66,8 @@ class RunArguments:
     )
 
     attention: Literal["gumbel", "unpatched"] = setting(
-        "gumbel", "'unpatched' trains the model's own attention and ignores the settings below"
+        "gumbel",
+        "'unpatched' trains the model's own attention, to which tau, noise, hard, estimator and layers mean nothing",
     )
     fixed_keys: Literal["none", "first", "own", "random"] = setting(
         "none",
@@ -92,7 +93,11 @@ class RunArguments:
     noise_scale_end: float | None = setting(
         None, "noise_scale at the last step, reached in equal steps; null is noise_scale"
     )
-    estimator: str | None = setting(None, "gradient estimator of a hard choice")
+    estimator: str | None = setting(
+        None,
+        "gradient of a hard choice: straight_through, gumbel_rao, reinmax, score_function or noisy_gradient; null is "
+        "straight_through",
+    )
     samples: int | None = setting(None, "K of estimator gumbel_rao; null is 10")
     baseline: Literal["none", "soft"] = setting(
         "none", "of estimator score_function: what the loss is compared with; soft is the loss of soft attention"
@@ -114,7 +119,7 @@ class RunArguments:
     )
     layers: tuple[int | str, ...] | None = setting(None, "attention layers to patch; null is all")
     heads: tuple[int, ...] | None = setting(None, "heads to patch; null is all")
-    impl: str = setting("auto", "implementation of the attention")
+    impl: str = setting("auto", "of the attention: auto, sdpa, triton, cpu, blockwise or reference")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

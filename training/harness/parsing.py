@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,7 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None, desc
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint, text = hints[field.name], field.metadata.get("help", "").replace("%", "%%")
+        hint, text = hints[field.name], _help_of(field).replace("%", "%%")
         option = parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=type_name(hint), help=text)
         if _base_type(hint) is bool:
             option.nargs, option.const = "?", "true"
@@ -52,7 +52,7 @@ def parse_arguments(cls: type[Settings], argv: Sequence[str] | None = None, desc
         refuse_unknown([unknown[0].split("=")[0].lstrip("-")], hints, "on the command line", prefix="--")
     values: dict[str, Any] = {}
     if config is not None:
-        values = check_keys(cls, read_yaml(config), f"in {config}")
+        values = check_keys(cls, read_yaml(config, overridden=given), f"in {config}")
     values |= {key: convert(_from_text(text, hints[key]), hints[key], f"--{key}") for key, text in given.items()}
     return _build(cls, values)
 
@@ -93,8 +93,12 @@ def refuse_unknown(keys: Iterable[Any], known: Iterable[str], where: str, prefix
         raise UsageError(f"unknown setting {prefix}{key} {where}.{hint} Known settings: {', '.join(names)}.")
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str], overridden: Collection[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, ``${VARIABLE}`` in its strings replaced from the environment.
+
+    Args:
+        path: the file.
+        overridden: keys whose values do not count: their variables need not be set, and stay as they are written.
 
     Raises:
         UsageError: no such file, not YAML, not a mapping, or an unset variable.
@@ -109,7 +113,10 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{str(path)!r} must hold a mapping 'key: value', got a {type(content).__name__}.")
-    return {key: expand_variables(value, f"{key} in {path}") for key, value in content.items()}
+    return {
+        key: value if key in overridden else expand_variables(value, f"{key} in {path}")
+        for key, value in content.items()
+    }
 
 
 def expand_variables(value: Any, where: str) -> Any:
@@ -176,6 +183,16 @@ def type_name(hint: Any) -> str:
     else:
         name = base.__name__
     return f"{name} or null" if type(None) in get_args(hint) else name
+
+
+def _help_of(field: dataclasses.Field[Any]) -> str:
+    """What the help says of a setting: its text, and its default where it has one."""
+    text = str(field.metadata.get("help", ""))
+    if field.default is dataclasses.MISSING:
+        return text
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    default = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return f"{text} (default: {default})"
 
 
 def _build(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
