@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import gumbel_attention as ga
 import models
@@ -269,3 +271,74 @@ def test_every_kind_of_schedule_goes_on_where_the_other_run_was(kind, tmp_path):
     ga.GumbelAttentionCallback(tau=schedule).attach(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.taus == [torch.tensor(schedule(step)).item() for step in range(3, STEPS)]
+
+
+@pytest.fixture
+def rank(request):
+    """One process of two, whose collectives reach nobody."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
+    yield request.param
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1], indirect=True)
+def test_every_process_of_a_sharded_model_gathers_and_one_writes(rank, monkeypatch, tmp_path):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    gathered, whole = [], torch.arange(float(models.HEADS))
+    monkeypatch.setattr(DTensor, "full_tensor", lambda self: gathered.append(self) or whole.clone())
+    model = _patched(Config(learn_tau="head"))
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    states = [module for module in model.modules() if hasattr(module, "noise_override")]
+    for state in states:
+        state.log_tau = torch.nn.Parameter(distribute_tensor(state.log_tau.detach(), mesh, [Shard(0)]))
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0)
+    for step, config in ((4, False), (8, True)):
+        folder = tmp_path / f"checkpoint-{step}"
+        if rank == 0:  # the other process is on a machine that does not see the folder
+            folder.mkdir()
+            (folder / "pytorch_model_fsdp_0").mkdir()
+            if config:
+                (folder / "config.json").write_text("{}")
+        gathered.clear()
+        ga.GumbelAttentionCallback().on_save(args, hf.TrainerState(global_step=step), hf.TrainerControl(), model=model)
+        assert len(gathered) == len(states)
+        assert (folder / "gumbel_attention.json").exists() == (rank == 0 and not config)
+    if rank == 0:
+        learned = load_file(tmp_path / "checkpoint-4" / "gumbel_attention.safetensors")
+        assert [torch.equal(value, whole) for value in learned.values()] == [True] * len(states)
+
+
+class During(hf.TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+def _switches(model):
+    return [module.noise_override for module in model.modules() if hasattr(module, "noise_override")]
+
+
+def test_a_noise_switch_without_a_schedule_is_left_alone(tmp_path):
+    model = _patched()
+    trainer = _trainer(model, tmp_path, During(2, lambda: ga.patch_of(model).noise("normal")))
+    ga.GumbelAttentionCallback(tau=SCHEDULE).attach(trainer)
+    trainer.train()
+    assert _switches(model) == ["normal", "normal"]
+
+
+@pytest.mark.parametrize("noise", [None, lambda step: step < 3])
+def test_layers_may_be_patched_during_training(noise, tmp_path):
+    model = build("bert")
+    ga.patch_model(model, Config(layers=[0])).noise("normal")
+    trainer = _trainer(model, tmp_path, During(2, lambda: ga.patch_model(model, Config(layers=[1]))))
+    ga.GumbelAttentionCallback(noise=noise).attach(trainer)
+    trainer.train()
+    assert _switches(model) == ["normal", None]

@@ -17,7 +17,8 @@ KEY = "gumbel_attention"
 FORMAT_VERSION = 1
 RESTORE = "gumbel_attention.from_pretrained"
 _ENTRY = ("format_version", "library_version", "restore", "groups")
-_GROUP = ("config", "tau", "noise_scale", "layers")
+_LEARNED = "log_tau"
+_GROUP = ("config", "tau", "noise_scale", "layers", _LEARNED)
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
@@ -26,19 +27,21 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     Returns:
         The versions of the format and of the library, what restores them, and ``groups`` of layers that share their
         settings, temperature and noise scale: the names of their modules in ``model``, the settings, the current
-        ``noise_scale``, and ``tau``, which is ``None`` where it is learned and lies among the weights.
+        ``noise_scale``, and ``tau``, which is ``None`` where it is learned and lies among the weights. Groups that
+        learn theirs have ``log_tau`` too, by layer, which tells later whether weights belong to these settings.
     """
-    groups: dict[tuple[GumbelAttentionConfig, float | None, float], list[str]] = {}
+    groups: dict[tuple[GumbelAttentionConfig, float | None, float], dict[str, PatchedState]] = {}
     for name, module in model.named_modules():
         state = state_of(module)
         if state is not None:
-            groups.setdefault((state.config, _scheduled_tau(state), _noise_scale(state)), []).append(name)
+            groups.setdefault((state.config, _scheduled_tau(state), _noise_scale(state)), {})[name] = state
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "restore": RESTORE,
         "groups": [
-            {"config": config.to_dict(), "tau": tau, "noise_scale": noise_scale, "layers": layers}
+            {"config": config.to_dict(), "tau": tau, "noise_scale": noise_scale, "layers": list(layers)}
+            | _learned(layers)
             for (config, tau, noise_scale), layers in groups.items()
         ],
     }
@@ -54,6 +57,31 @@ def is_entry(value: object) -> bool:
     return isinstance(value, Mapping) and "format_version" in value
 
 
+def without_learned(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry without the learned temperatures, for readers that have the weights it was saved with."""
+    groups = entry.get("groups")
+    if not isinstance(groups, list):
+        return dict(entry)
+    return {
+        **entry,
+        "groups": [
+            {key: value for key, value in group.items() if key != _LEARNED} if isinstance(group, Mapping) else group
+            for group in groups
+        ],
+    }
+
+
+def _learned(layers: Mapping[str, PatchedState]) -> dict[str, Any]:
+    """The learned temperatures that this process has whole; sharded ones would need all processes."""
+    learned = {}
+    for name, state in layers.items():
+        log_tau, size = state.log_tau, state.num_heads if state.config.learn_tau == "head" else 1
+        whole = log_tau is not None and not log_tau.is_meta and not hasattr(log_tau, "full_tensor")
+        if log_tau is not None and whole and log_tau.numel() == size:
+            learned[name] = log_tau.tolist()
+    return {_LEARNED: learned} if learned else {}
+
+
 def _scheduled_tau(state: PatchedState) -> float | None:
     if state.log_tau is not None:
         return None
@@ -66,12 +94,16 @@ def _noise_scale(state: PatchedState) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class SavedLayer:
-    """One layer as it was saved: its module's name and settings, its temperature unless learned, its noise scale."""
+    """One layer as it was saved: its module's name and settings, its temperature unless learned, its noise scale.
+
+    ``log_tau`` is the learned temperature that its weights must hold, ``None`` where any is right.
+    """
 
     name: str
     config: GumbelAttentionConfig
     tau: float | None
     noise_scale: float
+    log_tau: tuple[float, ...] | None = None
 
 
 def read_settings(entry: Mapping[str, Any], where: str) -> list[SavedLayer]:
@@ -120,7 +152,8 @@ def _read_group(group: Mapping[str, Any]) -> list[SavedLayer]:
     check_positive("noise_scale", noise_scale, zero_allowed=True)
     if config.learn_tau is None:
         check_positive("tau", tau)
-    return [SavedLayer(name, config, tau, noise_scale) for name in group["layers"]]
+    learned = {name: tuple(map(float, values)) for name, values in group.get(_LEARNED, {}).items()}
+    return [SavedLayer(name, config, tau, noise_scale, learned.get(name)) for name in group["layers"]]
 
 
 def match_names(saved: Sequence[str], present: Sequence[str], where: str) -> dict[str, str]:

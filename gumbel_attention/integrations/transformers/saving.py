@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -69,20 +69,42 @@ def save_patch(model: nn.Module, folder: str | PathLike[str]) -> None:
     Raises:
         ValueError: the model is not patched.
     """
+    content = gathered_patch(model)
+    if not content.sharded or torch.distributed.get_rank() == 0:
+        content.write(folder)
+
+
+class PatchContent(NamedTuple):
+    """What :func:`save_patch` writes: the settings, the learned temperatures, and whether these were sharded."""
+
+    settings: dict[str, Any]
+    learned: dict[str, Tensor]
+    sharded: bool
+
+    def write(self, folder: str | PathLike[str]) -> None:
+        """Writes it into a folder, which is made if it does not exist."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.settings, indent=2) + "\n"
+        (target / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        if self.learned:
+            save_file(self.learned, target / TENSORS_FILE, metadata={"format": "pt"})
+        else:
+            (target / TENSORS_FILE).unlink(missing_ok=True)
+
+
+def gathered_patch(model: nn.Module) -> PatchContent:
+    """The patch of a model, wrapped or not; all processes of a model that is sharded call this together.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     patch_of(model)
-    root, target = unwrapped(model), Path(folder)
+    root = unwrapped(model)
     learning = {layer.name: state.log_tau for layer, _, state in patched_modules(root) if state.log_tau is not None}
     learned = {f"{name}{SUFFIX}": _whole(log_tau).cpu().contiguous() for name, log_tau in learning.items()}
     sharded = any(hasattr(log_tau, "full_tensor") for log_tau in learning.values())
-    if sharded and torch.distributed.get_rank() != 0:
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings_of(root), indent=2) + "\n"
-    (target / SETTINGS_FILE).write_text(text, encoding="utf-8")
-    if learned:
-        save_file(learned, target / TENSORS_FILE, metadata={"format": "pt"})
-    else:
-        (target / TENSORS_FILE).unlink(missing_ok=True)
+    return PatchContent(settings_of(root), learned, sharded)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
+from ..patched_state import PatchedState
 from .patch import ModelPatch, patched_modules
-from .saving import patch_of, save_patch
+from .saving import gathered_patch, patch_of
 
 
 class GumbelAttentionCallback(TrainerCallback):
@@ -38,7 +39,6 @@ class GumbelAttentionCallback(TrainerCallback):
             ``None`` leaves it as it is. Layers that learn their temperature keep their own.
         noise: says whether there is noise after so many steps: ``True`` is as the settings and the mode have it,
             ``False`` is off. At the end of training the switch is back where it was. ``None`` leaves it as it is.
-
         noise_scale: gives what multiplies the noise after so many steps; ``None`` leaves it as it is.
 
     Raises:
@@ -57,7 +57,7 @@ class GumbelAttentionCallback(TrainerCallback):
         self.tau = tau
         self.noise = noise
         self.noise_scale = noise_scale
-        self._overrides: list[bool | str | None] = []
+        self._noise_before: dict[PatchedState, bool | str | None] = {}
 
     def attach(self, trainer: Any) -> GumbelAttentionCallback:
         """Puts the callback before the trainer's others and learned temperatures out of its weight decay.
@@ -88,23 +88,22 @@ class GumbelAttentionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the temperature and the noise of the first step; raises where the patch and the run do not fit."""
-        model = kwargs["model"]
-        patch = patch_of(model)
+        patch = patch_of(kwargs["model"])
         _refuse_decay(patch, kwargs.get("optimizer"))
-        self._overrides = [layer.state.noise_override for layer in patched_modules(model)]
-        self._set(patch, state.global_step)
+        self._noise_before = {}
+        self._set(kwargs["model"], state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the temperature and the noise of the step to come."""
-        self._set(patch_of(kwargs["model"]), state.global_step)
+        self._set(kwargs["model"], state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets what the evaluation and the checkpoint after this step have."""
-        self._set(patch_of(kwargs["model"]), state.global_step)
+        self._set(kwargs["model"], state.global_step)
 
     def on_log(
         self,
@@ -130,24 +129,28 @@ class GumbelAttentionCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the patch beside weights that come without the model's config, such as PEFT's adapters."""
+        content = gathered_patch(kwargs["model"])  # in every process: the temperatures may be sharded
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir() and not (folder / CONFIG_NAME).exists():
-            save_patch(kwargs["model"], folder)
+            content.write(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leaves the model with the temperature of its weights, and the noise switch as it was before."""
-        model = kwargs["model"]
         best = state.best_global_step if args.load_best_model_at_end else None
-        self._set(patch_of(model), state.global_step if best is None else best)
-        for layer, override in zip(patched_modules(model), self._overrides, strict=True):
-            layer.state.noise_override = override
+        self._set(kwargs["model"], state.global_step if best is None else best)
+        for attention, override in self._noise_before.items():
+            attention.noise_override = override
+        self._noise_before = {}
 
-    def _set(self, patch: ModelPatch, step: int) -> None:
+    def _set(self, model: nn.Module, step: int) -> None:
+        patch = patch_of(model)
         if self.tau is not None:
             patch.set_tau(self.tau(step))
         if self.noise is not None:
+            for _, _, attention in patched_modules(model):
+                self._noise_before.setdefault(attention, attention.noise_override)
             patch.noise(None if self.noise(step) else False)
         if self.noise_scale is not None:
             patch.set_noise_scale(self.noise_scale(step))
