@@ -57,7 +57,7 @@ test-lowest: $(STAMP)
 		"huggingface_hub<2" && $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/lowest transformers==5.17.0)
 	PYTHONPATH=$(VENV)/lowest $(RUN) -m pytest tests/test_patch_*.py tests/test_rewri*.py tests/test_saving.py \
-		tests/test_trainer.py
+		tests/test_checkpoints.py tests/test_trainer.py
 
 # The moments come from a fixed seed, which the last line says; FAULT_TRIALS=N makes it N trials.
 FAULT_TRIALS ?= 20

@@ -185,3 +185,11 @@ def test_a_config_is_written_without_temperatures_that_are_not_whole_here(tmp_pa
     empty.log_tau.data = torch.empty(0)  # as ZeRO-3 leaves it between the steps
     missing.log_tau = torch.nn.Parameter(torch.empty(1, device="meta"))
     assert not any("log_tau" in group for group in model.config.to_dict()[saved.KEY]["groups"])
+
+
+def test_a_patch_with_temperatures_that_are_not_whole_here_is_not_written(tmp_path):
+    model, patch = saved.learned()
+    patch._states[0].log_tau.data = torch.empty(0)
+    with pytest.raises(ValueError, match=rf"a part of .* \['{patch.layers[0].name}'\].*GatheredParameters"):
+        ga.save_patch(model, tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()

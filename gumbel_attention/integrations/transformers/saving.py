@@ -67,7 +67,7 @@ def save_patch(model: nn.Module, folder: str | PathLike[str]) -> None:
             ``gumbel_attention.safetensors``.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or this process has a part of its learned temperatures (FSDP 1, ZeRO-3).
     """
     content = gathered_patch(model)
     if not content.sharded or torch.distributed.get_rank() == 0:
@@ -75,14 +75,28 @@ def save_patch(model: nn.Module, folder: str | PathLike[str]) -> None:
 
 
 class PatchContent(NamedTuple):
-    """What :func:`save_patch` writes: the settings, the learned temperatures, and whether these were sharded."""
+    """What :func:`save_patch` writes: the settings, the learned temperatures, and whether these were sharded.
+
+    ``partial`` names the layers of whose temperatures this process has a part and cannot gather the rest.
+    """
 
     settings: dict[str, Any]
     learned: dict[str, Tensor]
     sharded: bool
+    partial: list[str]
 
     def write(self, folder: str | PathLike[str]) -> None:
-        """Writes it into a folder, which is made if it does not exist."""
+        """Writes it into a folder, which is made if it does not exist.
+
+        Raises:
+            ValueError: a temperature is not whole.
+        """
+        if self.partial:
+            raise ValueError(
+                f"this process has a part of the learned temperatures of the layers {self.partial}, as under FSDP 1 "
+                "and ZeRO-3: save the gathered weights, or call it where they are gathered "
+                "(deepspeed.zero.GatheredParameters, FSDP.summon_full_params)."
+            )
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.settings, indent=2) + "\n"
@@ -101,10 +115,13 @@ def gathered_patch(model: nn.Module) -> PatchContent:
     """
     patch_of(model)
     root = unwrapped(model)
-    learning = {layer.name: state.log_tau for layer, _, state in patched_modules(root) if state.log_tau is not None}
-    learned = {f"{name}{SUFFIX}": _whole(log_tau).cpu().contiguous() for name, log_tau in learning.items()}
-    sharded = any(hasattr(log_tau, "full_tensor") for log_tau in learning.values())
-    return PatchContent(settings_of(root), learned, sharded)
+    learning = {layer.name: state for layer, _, state in patched_modules(root) if state.log_tau is not None}
+    learned = {name: _whole(state.log_tau).cpu().contiguous() for name, state in learning.items()}
+    sharded = any(hasattr(state.log_tau, "full_tensor") for state in learning.values())
+    sizes = {name: state.num_heads if state.config.learn_tau == "head" else 1 for name, state in learning.items()}
+    partial = [name for name, log_tau in learned.items() if log_tau.numel() != sizes[name]]
+    named = {f"{name}{SUFFIX}": log_tau for name, log_tau in learned.items()}
+    return PatchContent(settings_of(root), named, sharded, partial)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
