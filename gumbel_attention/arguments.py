@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TypedDict
 
@@ -81,8 +82,7 @@ def attention_problem(
     checks.check_head_shard(h_offset, h_total, heads)
     if softcap is not None:
         check_positive("softcap", softcap)
-    if sinks is not None and tuple(sinks.shape) != (heads,):
-        raise ValueError(f"sinks must have shape ({heads},), one for each head, got {tuple(sinks.shape)}.")
+    _check_sinks(sinks, heads, query.device)
     keep = bias = None
     if attn_mask is not None:
         checks.check_mask("attn_mask", attn_mask, (*query.shape[:-1], k_len), query.device)
@@ -145,8 +145,33 @@ def make_choice(
 
 
 def takes_part(mask: Tensor) -> Tensor:
-    """Which entries of a bool or additive mask take part."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """Which entries of a bool or additive mask take part: all but those <= finfo.min / 2, NaN among them."""
+    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min / 2)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; it never is for one that has none, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast is off for a device."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def _check_sinks(sinks: object, heads: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``sinks`` is ``None`` or a float tensor (heads,) on ``device``."""
+    if sinks is None:
+        return
+    wanted = f"a floating point tensor of shape ({heads},), one score for each head"
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be None or {wanted}, got {type(sinks).__name__}: make it a torch.tensor.")
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be {wanted}, got dtype {sinks.dtype}: pass sinks.float().")
+    if tuple(sinks.shape) != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), one for each head, got {tuple(sinks.shape)}.")
+    if sinks.device != device:
+        raise ValueError(f"sinks must be on {device} as the query is, got {sinks.device}: move them there.")
 
 
 def _as_4d(x: Tensor) -> Tensor:
@@ -168,7 +193,6 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     named = {"query": query, "key": key, "value": value}
     for name, x in named.items():
         checks.check_tensor(name, x)
-    device = query.device.type
-    if not torch.is_autocast_enabled(device) or any(x.dtype == torch.float64 for x in named.values()):
+    if not autocasts(query.device) or any(x.dtype == torch.float64 for x in named.values()):
         return query, key, value
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in named.values())
+    return tuple(x.to(torch.get_autocast_dtype(query.device.type)) for x in named.values())

@@ -133,10 +133,12 @@ class GumbelAttentionConfig:
         hard: the forward pass picks one key; ``False`` is the relaxation.
         noise: ``"gumbel"``, ``"normal"`` or ``"logistic"`` (of the same variance, pi^2 / 6), or ``"none"``.
         noise_scale: multiplies the noise, not the scores; 1.0 samples Categorical(softmax(scores)) exactly.
-        estimator: how the gradient passes a hard choice: ``"straight_through"``, ``"gumbel_rao"``, ``"reinmax"`` or
-            ``"score_function"``; see :mod:`gumbel_attention.estimators`. ``None`` is ``"straight_through"`` when
-            ``hard``. All but that one are about a sampled choice: where the noise is off, or of another family, the
-            choice is deterministic or no such sample, and straight-through passes it.
+        estimator: how the gradient passes a hard choice: ``"straight_through"``, ``"gumbel_rao"``, ``"reinmax"``,
+            ``"score_function"`` or ``"noisy_gradient"``; see :mod:`gumbel_attention.estimators`. ``None`` is
+            ``"straight_through"`` when ``hard``. ``"noisy_gradient"`` takes the key of the largest score and has the
+            noise in the gradient only. ``"gumbel_rao"``, ``"reinmax"`` and ``"score_function"`` are about a sampled
+            choice: where the noise is off, or of another family, the choice is deterministic or no such sample, and
+            straight-through passes it.
         samples: K of ``"gumbel_rao"``; ``None`` is 10.
         top_k: attend to this many keys, chosen without replacement, with equal weights; soft: the relaxation of that.
             ``None`` is the choice of one.
@@ -147,7 +149,8 @@ class GumbelAttentionConfig:
             strings (``"2:"``, ``":-1"``), patterns of module names, or ``"encoder"``, ``"decoder"``, ``"cross"``;
             ``None`` is all.
         heads: which heads of these layers; the others keep their plain softmax. ``None`` is all.
-        impl: which implementation computes it; ``"auto"`` chooses.
+        impl: which implementation computes it: ``"sdpa"``, ``"triton"``, ``"cpu"``, ``"blockwise"`` or
+            ``"reference"``; ``"auto"`` chooses.
 
     Raises:
         TypeError, ValueError: a setting is outside its range; the message says what was expected.
@@ -168,7 +171,7 @@ class GumbelAttentionConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.eval_hard not in (None, True, False):
+        if self.eval_hard is not None and not isinstance(self.eval_hard, bool):
             raise TypeError(f"eval_hard must be None, True or False, got {self.eval_hard!r}.")
         check_choice(self.hard or bool(self.eval_hard), self.noise, self.estimator, self.samples, self.top_k)
         check_tau(self.tau, self.estimator)

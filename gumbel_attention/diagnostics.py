@@ -43,6 +43,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import without_autocast
 from .choice import Row, pick, relaxed, row_of
 from .impl.problem import AttentionProblem, compute_dtype
 from .modules import GumbelSetAttention
@@ -94,7 +95,7 @@ class CollectedDiagnostics:
             return
         if 0 in (*problem.query.shape[:3], problem.key.shape[-2]):
             return
-        with torch.no_grad(), torch.autocast(problem.query.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(problem.query.device):
             measured = _measure(problem, self.rows, heads, one_sequence)
         before = self._totals.get(layer, {})
         added = {name: before[name] + total if name in before else total for name, total in measured.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import checks
-from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part
+from .arguments import AttentionSettings, attention_problem, draws, make_choice, takes_part, without_autocast
 from .checks import Number
 from .config import check_choice
 from .dispatch import Explanation, choose_implementation, compute, compute_with_choice
@@ -75,7 +75,7 @@ def gumbel_softmax(
     noise has a seed, and can be switched off.
 
     Args:
-        logits: (..., n), floating point. Entries of -inf (any <= finfo.min / 2) do not take part.
+        logits: (..., n), floating point. Entries of -inf (any <= finfo.min / 2) do not take part; NaN does.
         tau: temperature, > 0: a number or a tensor of shape () or (1,).
         hard: return a one-hot sample.
         eps: ignored; torch ignores it too.
@@ -84,7 +84,8 @@ def gumbel_softmax(
         noise_scale: c, multiplies the noise: a number >= 0 or a tensor of shape () or (1,).
         mask: broadcasts to the logits; bool (True takes part) or floating point (added to them).
         estimator: how the gradient passes a hard sample: ``"straight_through"`` (the default when ``hard``),
-            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1) or ``"score_function"``; see :mod:`gumbel_attention.estimators`.
+            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1), ``"score_function"``, or ``"noisy_gradient"``, which takes the
+            largest logit and has the noise in the gradient only; see :mod:`gumbel_attention.estimators`.
         samples: K of ``"gumbel_rao"``; ``None`` is 10.
         top_k: choose this many categories without replacement, with equal weights; soft: the relaxation of that.
         seed: the noise's seed; ``None`` draws one from torch's default generator. The noise of an entry depends on
@@ -183,16 +184,17 @@ def gumbel_attention(
     """Attention whose softmax is a Gumbel-softmax, or a hard choice with a straight-through gradient.
 
     :func:`torch.nn.functional.scaled_dot_product_attention` with the same arguments in the same order and with the
-    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. ``impl`` may name any
-    implementation; memory grows linearly with the lengths in all but ``"reference"`` and, with dropout on the CPU,
-    torch's own ``"sdpa"``. :func:`explain` tells what ``"auto"`` takes.
+    same meaning, and the settings of :func:`gumbel_attention_with_info`, whose output this is. ``impl`` may be
+    ``"auto"``, ``"sdpa"``, ``"triton"``, ``"cpu"``, ``"blockwise"`` or ``"reference"``; memory grows linearly with the
+    lengths in all but ``"reference"`` and, with dropout on the CPU, torch's own ``"sdpa"``. :func:`explain` tells what
+    ``"auto"`` takes.
 
     Returns:
         (..., q_len, v_dim), the dtype of the query.
     """
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
     name = choose_implementation(problem, settings.get("impl", "auto")).impl
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         output = compute(problem, name)
     return output.reshape(*query.shape[:-1], output.shape[-1])
 
@@ -249,7 +251,8 @@ def gumbel_attention_with_info(
         key: (..., Hk, k_len, D).
         value: (..., Hk, k_len, Dv). Keys and values that no query sees never reach an output.
         attn_mask: broadcasts to (..., H, q_len, k_len); bool (True takes part) or floating point (added to the
-            scores; an entry <= finfo.min / 2 does not take part). A row in which nothing takes part gives 0.
+            scores; an entry <= finfo.min / 2 does not take part, NaN does). A row in which nothing takes part gives
+            0.
         dropout_p: dropout of the weights used, by the noise's own counter: the seed repeats it. After a hard
             choice it zeroes whole outputs.
         is_causal: query ``q + q_offset`` sees key ``k + k_offset`` iff it is not later; goes together with a mask.
@@ -261,7 +264,8 @@ def gumbel_attention_with_info(
         noise: ``"gumbel"``, ``"normal"`` or ``"logistic"`` (of the same variance), or ``"none"``.
         noise_scale: c, >= 0, in the same forms as ``tau``.
         estimator: how the gradient passes a hard choice: ``"straight_through"`` (the default when ``hard``),
-            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1) or ``"score_function"``; see :mod:`gumbel_attention.estimators`.
+            ``"gumbel_rao"``, ``"reinmax"`` (tau >= 1), ``"score_function"``, or ``"noisy_gradient"``, which takes the
+            key of the largest score and has the noise in the gradient only; see :mod:`gumbel_attention.estimators`.
         samples: K of ``"gumbel_rao"``; ``None`` is 10.
         top_k: attend to this many keys, chosen without replacement, with equal weights; soft: the relaxation of that.
         softcap: scores become ``softcap * tanh(scores / softcap)``, before the mask.
@@ -273,7 +277,8 @@ def gumbel_attention_with_info(
         k_offset: position of the first key, likewise.
         h_offset: the first head, where these heads are a shard of a layer's.
         h_total: the number of heads of that layer; needed for a shard.
-        impl: ``"auto"`` or ``"reference"``, and without weights ``"blockwise"``; others give an output only.
+        impl: ``"auto"`` or ``"reference"``, and without weights ``"blockwise"``; ``"sdpa"``, ``"triton"`` and
+            ``"cpu"`` give an output only, by :func:`gumbel_attention`.
 
     Returns:
         :class:`AttentionInfo`.
@@ -283,7 +288,7 @@ def gumbel_attention_with_info(
     """
     problem = attention_problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, **settings)
     name = choose_implementation(problem, settings.get("impl", "auto"), need_weights, need_choice=True).impl
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         info = compute_with_choice(problem, name)
     if not need_weights:
         info = info._replace(weights=None)

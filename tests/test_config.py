@@ -41,6 +41,8 @@ def test_it_is_immutable() -> None:
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
         ({"learn_tau": "layer"}, ValueError, "learn_tau must be one of"),
         ({"eval_hard": "no"}, TypeError, "eval_hard"),
+        ({"eval_hard": 1}, TypeError, "eval_hard must be None, True or False, got 1"),
+        ({"eval_hard": 0}, TypeError, "got 0"),
         ({"eval_noise": 1}, TypeError, "eval_noise"),
         ({"layers": []}, ValueError, "empty selection"),
         ({"layers": [1.5]}, TypeError, "layers must hold int or str"),

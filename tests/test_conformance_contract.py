@@ -103,6 +103,31 @@ def test_a_row_that_sees_nothing_gives_zero(name: str, hard: bool) -> None:
 
 @every
 @pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("place", [{}, {"q_offset": 5}, {"q_offset": torch.tensor([5, 2])}], ids=["0", "5", "each"])
+@pytest.mark.parametrize("mask", ["none", "row", "empty"])
+def test_no_queries_under_a_causal_mask(
+    name: str, hard: bool, place: Arguments, mask: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    k_len, d_v = 9, 3
+    keep = None if mask == "none" else torch.ones(1 if mask == "row" else 0, k_len, dtype=torch.bool)
+    arguments: Arguments = {
+        "query": leaf(2, 4, 0, 8), "key": leaf(2, 2, k_len, 8), "value": leaf(2, 2, k_len, d_v), "enable_gqa": True,
+        "is_causal": True, "attn_mask": keep, "hard": hard, "noise": "none", **place,
+    }  # fmt: skip
+    skip_if_unable(name, arguments)
+    got = results(name, arguments)
+    assert got["output"].shape == (2, 4, 0, d_v)
+    assert got["query"].shape == (2, 4, 0, 8)
+    assert not got["key"].any()
+    assert not got["value"].any()
+    attend(name, arguments).sum().backward()  # an expanded gradient, whose rows lie 0 apart
+    assert "ERROR" not in "".join(capfd.readouterr()), "BLAS refuses such rows"
+    auto = ga.gumbel_attention(**arguments)  # type: ignore[arg-type]
+    assert auto.shape == (2, 4, 0, d_v)
+
+
+@every
+@pytest.mark.parametrize("hard", [False, True])
 def test_keys_after_the_last_query_are_not_read(name: str, hard: bool) -> None:
     arguments = inputs(name, is_causal=True, hard=hard)
     for tensor in ("key", "value"):

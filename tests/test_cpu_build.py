@@ -65,6 +65,26 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     assert (tmp_path / "runs").read_text().split() == ["x"]
 
 
+@needs_kernels
+def test_threads_register_the_operators_once() -> None:
+    """All ask at once, and registration takes its time."""
+    program = """
+import threading, time, torch
+from gumbel_attention.impl import cpu
+
+calls, results, real = [], [], torch.library.register_fake
+torch.library.register_fake = lambda name, *rest: (calls.append(name), time.sleep(0.1), real(name, *rest))
+gate = threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (gate.wait(), results.append(cpu.available()))) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(results, [name for name in calls if "cpu_" in name])
+"""
+    out, err = python(program).communicate(timeout=120)
+    once = ["gumbel_attention::cpu_forward", "gumbel_attention::cpu_backward"]
+    assert out.strip() == f"{[None] * 4} {once}", err
+
+
 def test_importing_the_library_loads_nothing_of_this() -> None:
     program = "import sys, gumbel_attention; print([m for m in sys.modules if 'impl.cpu' in m])"
     out, err = python(program).communicate(timeout=120)

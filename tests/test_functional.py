@@ -256,6 +256,9 @@ def test_gumbel_softmax_masks_exactly(kind: str, hard: bool) -> None:
         ({"dropout_p": 1.5}, ValueError, "between 0 and 1"),
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(3,\)"),
+        ({"sinks": [0.0, 0.0, 0.0]}, TypeError, r"sinks must be None or .* of shape \(3,\).* got list: make it"),
+        ({"sinks": torch.zeros(3, dtype=torch.int64)}, TypeError, r"floating point .* got dtype torch.int64: pass"),
+        ({"sinks": torch.zeros(3, device="meta")}, ValueError, "sinks must be on cpu .* got meta: move"),
         ({"attn_mask": torch.zeros(6, 8)}, ValueError, r"broadcast to \(2, 3, 6, 9\), got shape \(6, 8\)"),
         ({"attn_mask": torch.zeros(6, 9, dtype=torch.int64)}, TypeError, "bool tensor .* got torch.int64"),
         ({"attn_mask": [[True]]}, TypeError, "got list"),
@@ -291,6 +294,24 @@ def test_unknown_arguments_and_devices() -> None:
         ga.gumbel_attention(q, k.to("meta"), v)
     with pytest.raises(ValueError, match="at least one dimension"):
         ga.gumbel_softmax(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("impl", ["auto", "blockwise", "reference"])
+@pytest.mark.parametrize("noise", ["none", "gumbel"])
+@pytest.mark.parametrize("hard", [False, True])
+def test_shapes_on_meta(hard: bool, noise: str, impl: str) -> None:
+    q, k, v = (x.to("meta").requires_grad_() for x in qkv(2, 3, dtype=torch.float32))
+    out = ga.gumbel_attention(q, k, v, is_causal=True, dropout_p=0.1, hard=hard, noise=noise, impl=impl)
+    assert out.is_meta
+    assert out.shape == (2, 3, 6, 5)
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
+    info = ga.gumbel_attention_with_info(q, k, v, hard=True, noise=noise)
+    assert info.weights is not None
+    assert info.indices is not None
+    assert (info.weights.shape, info.indices.shape) == ((2, 3, 6, 9), (2, 3, 6))
+    assert ga.gumbel_softmax(k, hard=hard, noise=noise).shape == k.shape
 
 
 @pytest.mark.parametrize("noise", ["none", "gumbel"])

@@ -51,6 +51,11 @@ def test_the_dtype_is_that_of_torch(dtype: torch.dtype, wanted: torch.dtype | No
     torch.testing.assert_close(got, expected)
 
 
+def test_shapes_on_meta() -> None:
+    scores = torch.randn(2, 3, 4, dtype=torch.bfloat16, device="meta")
+    assert state_with(noise="none").to("meta").softmax(scores, dim=1).dtype == torch.bfloat16
+
+
 def test_the_settings_and_the_noise_are_those_of_gumbel_softmax() -> None:
     state, scores = state_with(tau=0.7, noise_scale=0.5, hard=True), torch.randn(2, 2, 3, 4)
     settings: dict[str, Any] = {"tau": 0.7, "noise_scale": 0.5, "hard": True}

@@ -71,6 +71,8 @@ class AttentionProblem:
         keep = self.keep
         if not self.is_causal:
             return None if keep is None else keep.any(dim=-2)
+        if self.query.shape[-2] == 0:
+            return torch.zeros(1, 1, self.key.shape[-2], dtype=torch.bool, device=self.query.device)
         q, k = self._positions()
         if keep is None or keep.shape[-2] == 1:
             reached = (k <= q[:, -1:])[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import draws, make_choice, takes_part
+from ..arguments import autocasts, draws, make_choice, takes_part
 from ..attend import attend
 from ..choice import Choice, masked_softmax
 from ..config import GumbelAttentionConfig
@@ -74,7 +74,7 @@ class SoftmaxState(PatchedState):
         With tau 1, without noise and not hard it is torch's, but for rows that are masked wholly, which are 0.
 
         Args:
-            scores: of at least two dimensions; entries <= finfo.min / 2 of their dtype are masked.
+            scores: of at least two dimensions; entries <= finfo.min / 2 of their dtype are masked, NaN is not.
             dim: the dimension of the keys.
             dtype: as torch.softmax takes it.
 
@@ -193,6 +193,6 @@ def _exchange_class(module: nn.Module, cls: Any) -> None:
 
 def _softmax_dtype(scores: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of torch.softmax(scores, dtype=dtype), which autocast may raise to float32."""
-    if dtype is not None or not torch.is_autocast_enabled(scores.device.type):
+    if dtype is not None or not autocasts(scores.device):
         return dtype or scores.dtype
     return torch.softmax(scores.new_zeros(1), dim=0).dtype

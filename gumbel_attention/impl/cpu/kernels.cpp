@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Problem& p) {
           const float* from = value.at(b, h / group, j);
           for (int64_t x = 0; x < f.v_dim; ++x) to[x] = from[x] * weight;
         } else {
-          logs[i] = row.sum > 0.0f ? std::log2(row.sum) : 0.0f;
-          const float weight = row.sum > 0.0f ? 1.0f / row.sum : 0.0f;
+          logs[i] = row.sum == 0.0f ? 0.0f : std::log2(row.sum);
+          const float weight = row.sum == 0.0f ? 0.0f : 1.0f / row.sum;
           for (int64_t x = 0; x < f.v_dim; ++x) to[x] *= weight;
         }
       }
@@ -117,7 +117,7 @@ void add_parameters(const Problem& p, const Block& block, const Row* rows, doubl
   for (int64_t r = block.first; r < block.last; ++r) {
     const Row& row = rows[r];
     const float sum = p.hard ? row.sum : 1.0f;
-    if (sum <= 0.0f) continue;
+    if (sum == 0.0f) continue;
     d_t += (row.p_d_t - row.p_d / sum * row.p_t) / sum, d_bits += (row.p_d_g - row.p_d / sum * row.p_g) / sum;
   }
 }
@@ -216,7 +216,7 @@ void backward_block(const Problem& p, const Saved& s, const Head& head, const Bl
   sums.in_turn(f.tiles(kKeys), [&] { scatter(p, s, head, block, sums.dv); });
   for (int64_t r = block.first; r < block.last; ++r) {
     Row& row = w.rows[r];
-    if (row.sum > 0.0f) row.log_sum = std::log2(row.sum), row.delta = row.p_d / row.sum;
+    if (row.sum != 0.0f) row.log_sum = std::log2(row.sum), row.delta = row.p_d / row.sum;
   }
   const int64_t last = (block.keys + f.k_shift - 1) / kKeys * kKeys;
   for (int64_t c = last; c >= 0; c -= kKeys) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from . import build
 
 INPUTS = 18
 """Arguments of cpu_forward."""
+_LOCK = threading.Lock()
 
 
 def unavailable() -> str | None:
     """Why the operators cannot be used on this machine; ``None`` if they can. Compiles them at the first call."""
-    reason = build.load()
-    if reason is None:
-        register()
+    with _LOCK:  # a cached function that is still running is run once more by another thread
+        reason = build.load()
+        if reason is None:
+            register()
     return reason
 
 

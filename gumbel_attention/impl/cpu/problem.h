@@ -62,7 +62,7 @@ inline void hide(const Field& f, Tensor& key, Tensor& value) {
       for (int64_t g = 0; g < (one_head ? 1 : group); ++g) {
         for (int64_t q = 0; q < (one_row ? 1 : f.q_len); ++q) {
           f.mask_row(task / f.kv_heads, task % f.kv_heads * group + g, q, 0, f.k_len + f.k_shift, row.data());
-          for (int64_t j = 0; j < f.k_len; ++j) seen[j] |= row[j + f.k_shift] > -kInf;
+          for (int64_t j = 0; j < f.k_len; ++j) seen[j] |= row[j + f.k_shift] != -kInf;
         }
       }
       for (int64_t j = 0; j < f.k_len; ++j) {

@@ -26,8 +26,8 @@ struct Row {
   float* y;
   const float* mask;
   float* d = nullptr;
-  float top = -kInf;   // largest y so far
-  float sum = 0.0f;    // of exp((y - top) / tau)
+  float top = -kInf;   // largest y so far; NaN is left out where the choice is soft, the largest where it is hard
+  float sum = 0.0f;    // of exp((y - top) / tau), NaN if any y is
   float alpha = 1.0f;  // what earlier sums are multiplied by, after a larger top was found
   int64_t index = -1;  // column of the largest y
   float log_sum = 0.0f, delta = 0.0f, slope = 0.0f;  // backward: log2(sum), rowsum(P dP), scale / tau
@@ -71,7 +71,7 @@ GUMBEL_INLINE void logits(const Head& head, const Place& at, Row* const (&rows)[
   if constexpr (kMask) {
     EACH {
       const vf m = load(rows[row_of(n)]->mask + c + shift_of(n));
-      y[n] = m > -kInf ? y[n] + m : splat(-kInf);  // not y + m alone: y may be NaN where nothing takes part
+      y[n] = m == -kInf ? m : y[n] + m;  // not y + m alone: y may be NaN where nothing takes part
     }
   }
 }
@@ -97,7 +97,7 @@ void score(const Head& head, const Place& at, Row* const (&rows)[2]) {
     vf y[N], bits[N];
     logits<kNoise, kMask>(head, at, rows, c, y, bits);
     EACH store(rows[row_of(n)]->y + c + shift_of(n), y[n]);
-    EACH top[n] = max(top[n], y[n]);
+    EACH top[n] = max(y[n], top[n]);
   }
   for (int r = 0; r < 2; ++r) {
     const float before = rows[r]->top;
@@ -106,7 +106,8 @@ void score(const Head& head, const Place& at, Row* const (&rows)[2]) {
   }
 }
 
-// The largest y of two rows and its column, counted from `first` on; of equal ones the lowest. Stores no y.
+// The largest y of two rows and its column, counted from `first` on; of equal ones the lowest. NaN is larger than any
+// number, as it is to torch's argmax. Stores no y.
 template <bool kNoise, bool kMask>
 void choose(const Head& head, const Place& at, Row* const (&rows)[2], int64_t first) {
   vf top[N];
@@ -116,7 +117,7 @@ void choose(const Head& head, const Place& at, Row* const (&rows)[2], int64_t fi
     vf y[N], bits[N];
     logits<kNoise, kMask>(head, at, rows, c, y, bits);
     EACH {
-      const vi better = y[n] > top[n];
+      const vi better = ~(y[n] <= top[n]) & (top[n] == top[n]);
       where[n] = better ? vi{} + (int32_t)c : where[n];
       top[n] = better ? y[n] : top[n];
     }
@@ -125,8 +126,11 @@ void choose(const Head& head, const Place& at, Row* const (&rows)[2], int64_t fi
     Row& row = *rows[row_of(n)];
     for (int i = 0; i < W; ++i) {
       if (where[n][i] < 0) continue;
+      const float y = top[n][i];
       const int64_t column = first + where[n][i] + shift_of(n) + i;
-      if (top[n][i] > row.top || (top[n][i] == row.top && column < row.index)) row.top = top[n][i], row.index = column;
+      const bool same = y == row.top || (y != y && row.top != row.top);
+      const bool better = !(y <= row.top) && row.top == row.top;
+      if (same ? column < row.index : better) row.top = y, row.index = column;
     }
   }
 }
@@ -198,7 +202,7 @@ void weigh(const Head& head, const Place& at, Row* const (&rows)[2], bool drop, 
 
 // Hard: the gradient of a row's scores into d, from what `weigh` made of y, and dO.V in d.
 inline void differentiate(const Head& head, const Row& row, int64_t columns, bool drop) {
-  const float slope = row.sum > 0.0f ? row.slope / row.sum : 0.0f;
+  const float slope = row.sum == 0.0f ? 0.0f : row.slope / row.sum;
   for (int64_t c = 0; c < columns; c += W) {
     vf p = load(row.y + c), d = load(row.d + c);
     if (drop) d = p > 0.0f ? d * head.kept : vf{}, p = max(p, -p);

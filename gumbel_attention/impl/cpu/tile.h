@@ -76,7 +76,7 @@ struct Field {
   int64_t q_shift, k_shift;  // rows and columns before the first query and key, so that groups of 16 are aligned
   int64_t block;             // queries of a block
 
-  int64_t blocks() const { return (q_len + q_shift + block - 1) / block; }
+  int64_t blocks() const { return q_len == 0 ? 0 : (q_len + q_shift + block - 1) / block; }
   int64_t tiles(int64_t size) const { return (k_len + k_shift + size - 1) / size; }
   bool masked() const { return keep.data != nullptr || bias.data != nullptr; }
   // Keys that query q may see: those before this one.
@@ -84,7 +84,7 @@ struct Field {
     return causal ? std::clamp<int64_t>(q + q_offset - k_offset + 1, 0, k_len) : k_len;
   }
 
-  // What the mask adds to the scores of query q with columns first ... first + columns.
+  // What the mask adds to the scores of query q with columns first ... first + columns: -inf takes no part, NaN does.
   void mask_row(int64_t b, int64_t h, int64_t q, int64_t first, int64_t columns, float* out) const {
     std::fill(out, out + columns, -kInf);
     if (q < 0 || q >= q_len) return;
@@ -99,9 +99,9 @@ struct Field {
       const int64_t step = bias.stride[3];
       const float* from = bias.row(b, h, q) + begin * step;
       if (step == 1)
-        for (int64_t i = 0; i < n; ++i) to[i] = from[i] > lowest ? from[i] : -kInf;
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i] <= lowest ? -kInf : from[i];
       else
-        for (int64_t i = 0; i < n; ++i) to[i] = from[i * step] > lowest ? from[i * step] : -kInf;
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i * step] <= lowest ? -kInf : from[i * step];
     }
     if (keep.data == nullptr) return;
     const int64_t step = keep.stride[3];

@@ -1,5 +1,6 @@
 // Vectors of the widest registers there are, in the compiler's own vector types, and the functions of floats that
-// attention needs. Branch-free and without -ffast-math: infinities mean "does not take part" and must stay exact.
+// attention needs. Branch-free and without -ffast-math: -inf means "does not take part" and must stay exact, and what
+// was computed from NaN must be NaN. Comparisons with NaN are false.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ GUMBEL_INLINE vf load(const float* p) {
 }
 GUMBEL_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof(x)); }
 GUMBEL_INLINE vf splat(float x) { return x - vf{}; }
-GUMBEL_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+GUMBEL_INLINE vf max(vf a, vf b) { return a > b ? a : b; }  // b if either is NaN
 
 inline float sum(vf x) {
   float total = 0.0f;
@@ -62,20 +63,20 @@ GUMBEL_INLINE void horner(const vf (&x)[N], vf (&y)[N], float c, Rest... rest) {
   if constexpr (sizeof...(rest) > 0) horner(x, y, rest...);
 }
 
-// t = 2^t for t <= 1, relative error 2e-7; exactly 0 from 2^-125 down, where results would be denormal.
+// t = 2^t for t <= 1 or NaN, relative error 2e-7; exactly 0 from 2^-125 down, where results would be denormal.
 template <int N>
 GUMBEL_INLINE void exp2(vf (&t)[N]) {
   vf f[N], p[N];
-  vi live[N], power[N];
-  EACH live[n] = t[n] > -125.0f;
-  EACH t[n] = live[n] ? t[n] : splat(-125.0f);
-  EACH p[n] = t[n] + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which then lies in the low bits
+  vi zero[N], power[N];
+  EACH zero[n] = t[n] <= -125.0f;
+  EACH t[n] = zero[n] ? splat(-125.0f) : t[n];
+  EACH p[n] = t[n] + 12583039.0f;  // 1.5 * 2^23 + 127: rounds to an integer, whose exponent then lies in the low bits
   EACH power[n] = (vi)p[n] << 23;
-  EACH f[n] = t[n] - (p[n] - 12582912.0f);
+  EACH f[n] = t[n] - (p[n] - 12583039.0f);
   EACH p[n] = splat(0.001327647129073739f);
   horner(f, p, 0.009675541892647743f, 0.05550713092088699f, 0.24022120237350464f, 0.6931469440460205f,
          1.0000001192092896f);
-  EACH t[n] = live[n] ? (vf)((vi)p[n] + power[n]) : vf{};
+  EACH t[n] = zero[n] ? vf{} : p[n] * (vf)power[n];
 }
 inline float exp2(float t) {
   vf x[1] = {splat(t)};

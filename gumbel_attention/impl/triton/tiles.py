@@ -169,7 +169,8 @@ def perturbed(scores, n, head, bias, i, j, field, kind: tl.constexpr):
         if kind.BIAS == PER_SCORE:
             present = present & (i >= 0) & (i < field.q_len)
             place = place + i.to(tl.int64) * bias.q
-        u += tl.maximum(tl.load(place, mask=present, other=0.0).to(tl.float32) / head.scale, LOWEST)
+        added = tl.load(place, mask=present, other=0.0).to(tl.float32) / head.scale
+        u += tl.maximum(added, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     return u
 
 
