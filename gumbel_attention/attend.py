@@ -26,6 +26,8 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     need_weights: bool = True,
+    q_offset: int | Tensor | None = None,
+    k_offset: int | Tensor = 0,
 ) -> AttentionInfo:
     """:func:`gumbel_attention_with_info` with the settings, temperature and noise switch of ``state``.
 
@@ -44,21 +46,33 @@ def attend(
         scale: multiplies the scores; ``None`` is 1 / sqrt(D).
         softcap: bounds the scores.
         sinks: (H,) scores of a column without value.
-        need_weights: give weights, indices and log-probabilities too, which only the reference holds.
+        need_weights: give the weights, which only the reference holds, and with them indices and log-probabilities.
+        q_offset: position of the first query; ``None`` is 0, or unknown where there are fewer queries than keys.
+        k_offset: position of the first key.
 
     Returns:
-        :class:`AttentionInfo`; without ``need_weights`` nothing but the output in it.
+        :class:`AttentionInfo`; without ``need_weights`` it has no weights, and indices and log-probabilities only
+        where the state collects the latter.
 
     Raises:
+        NotImplementedError: the state has seeds, whose noise belongs to positions, and the queries' are unknown.
         ValueError: some heads are left out, and the query has not as many heads as ``state``.
         TypeError, ValueError: as :func:`gumbel_attention_with_info`.
     """
 
     enable_gqa = query.shape[-3] != key.shape[-3]
+    if q_offset is None and query.shape[-2] < key.shape[-2] and state.draws_by_seeds(training, dropout_p):
+        raise NotImplementedError(
+            f"what is drawn by seeds belongs to positions, and this layer does not say where its {query.shape[-2]} "
+            f"queries stand among {key.shape[-2]} keys: call the model on whole sequences with use_cache=False, or "
+            "leave the layer out of the patch."
+        )
+    q_offset = 0 if q_offset is None else q_offset
+    further: Any = {"softcap": softcap, "sinks": sinks, "q_offset": q_offset, "k_offset": k_offset}
 
     def with_settings(need_choice: bool = False, **settings: Any) -> AttentionInfo:
         inputs = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        settings |= {"softcap": softcap, "sinks": sinks}
+        settings |= further
         if need_weights or need_choice:
             return gumbel_attention_with_info(*inputs, need_weights=need_weights, **settings)
         return AttentionInfo(gumbel_attention(*inputs, **settings), None, None, None)
@@ -68,13 +82,14 @@ def attend(
         if "seed" not in settings and draws(settings["noise"], settings.get("noise_scale", 1.0)):
             settings["seed"] = draw_seed(device=query.device)  # what the call would draw, known to the observers too
         seen = attention_problem(
-            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks, **settings
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, **further, **settings
         )
         for observer in state.observers:
             observer(seen)
     chosen = with_settings(state.collects(settings), **settings)
     if state.config.heads is not None:
-        chosen = _with_plain_heads(state, query, chosen, with_settings(noise="none", impl=state.config.impl))
+        plain = with_settings(noise="none", impl=state.config.impl, seed=state.seeds)
+        chosen = _with_plain_heads(state, query, chosen, plain)
     state.hand_over(chosen.log_prob)
     return chosen
 

@@ -57,16 +57,17 @@ class AttentionState(nn.Module):
         self.expected = False
         self.observers: tuple[Callable[[AttentionProblem], None], ...] = ()
         self._noise_scale: Tensor
-        self.register_buffer("_noise_scale", _number(config.noise_scale, device), persistent=False)
-        self.log_tau: nn.Parameter | None
         self._tau: Tensor
-        if config.learn_tau is None:
-            self.register_parameter("log_tau", None)
-            self.register_buffer("_tau", _number(config.tau, device), persistent=False)
-        else:
-            size = num_heads if config.learn_tau == "head" else 1
-            start = torch.full((size,), math.log(config.tau), dtype=torch.float32, device=device)
-            self.log_tau = nn.Parameter(start)
+        self.log_tau: nn.Parameter | None
+        with torch.inference_mode(False):  # a tensor made in that mode could never be set or learned outside it
+            self.register_buffer("_noise_scale", _number(config.noise_scale, device), persistent=False)
+            if config.learn_tau is None:
+                self.register_parameter("log_tau", None)
+                self.register_buffer("_tau", _number(config.tau, device), persistent=False)
+            else:
+                size = num_heads if config.learn_tau == "head" else 1
+                start = torch.full((size,), math.log(config.tau), dtype=torch.float32, device=device)
+                self.log_tau = nn.Parameter(start)
 
     @contextmanager
     def observed(self, observer: Callable[[AttentionProblem], None]) -> Iterator[None]:
@@ -149,8 +150,9 @@ class AttentionState(nn.Module):
 
     def arguments(self, training: bool) -> dict[str, Any]:
         """Keyword arguments for :func:`gumbel_attention` in the given mode."""
+        seed = {} if self.seeds is None else {"seed": self.seeds}
         if self.expected:
-            return {
+            return seed | {
                 "tau": self._noise_scale.clamp(min=SMALLEST_TAU),
                 "hard": False,
                 "noise": "none",
@@ -158,7 +160,6 @@ class AttentionState(nn.Module):
             }
         hard, noise = self.hard(training), self.noise(training)
         estimator = self.estimator(hard, noise)
-        seed = {} if self.seeds is None else {"seed": self.seeds}
         return seed | {
             "tau": self.tau,
             "hard": hard,
@@ -169,6 +170,13 @@ class AttentionState(nn.Module):
             "top_k": self.config.top_k,
             "impl": self.config.impl,
         }
+
+    def draws_by_seeds(self, training: bool, dropout_p: float) -> bool:
+        """Whether a call draws its noise, or dropout of rate ``dropout_p``, by the seeds of its examples."""
+        if self.seeds is None:
+            return False
+        noisy = not self.expected and self.noise(training) != "none" and self.config.noise_scale > 0.0
+        return noisy or dropout_p > 0.0
 
     def estimator(self, hard: bool, noise: str) -> str | None:
         """The estimator of a choice: the settings' where it is defined for it, else ``None``, straight-through."""

@@ -1,5 +1,6 @@
 """Switches of a patch in force: hard or soft, layer by layer, and a seed for each example."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,42 @@ def test_an_examples_noise_depends_on_its_seed_and_not_on_its_batch(name: str, a
     with patch.seeds(seeds + 1):  # the control
         assert (rows(model, batch, [0, 1]) - first).abs().max() > 1e-3
     assert not torch.equal(rows(model, batch, [0, 1]), rows(model, batch, [0, 1]))
+
+
+@pytest.mark.parametrize("heads", [None, (0, 2)])
+@pytest.mark.parametrize("switch", ["noise", "no noise", "expected choice"])
+def test_dropout_of_the_weights_repeats_with_the_seed(switch: str, heads: tuple[int, ...] | None) -> None:
+    model = build("bert").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = 0.3
+    patch = ga.patch_model(model, Config(heads=heads))
+    batch = {key: x[:2] for key, x in inputs(model).items()}
+    seeds = torch.tensor([11, -5])
+    with patch.noise(switch == "noise"), ga.soft_attention(model) if switch == "expected choice" else nullcontext():
+        with patch.seeds(seeds):
+            first = rows(model, batch, [0, 1])
+            assert torch.equal(rows(model, batch, [0, 1]), first)
+        with patch.seeds(seeds[1:]):
+            torch.testing.assert_close(rows(model, batch, [1]), first[1:], rtol=1e-5, atol=1e-5)
+        with patch.seeds(seeds + 1):  # the control
+            assert (rows(model, batch, [0, 1]) - first).abs().max() > 1e-3
+        assert not torch.equal(rows(model, batch, [0, 1]), rows(model, batch, [0, 1]))
+
+
+@pytest.mark.parametrize("learn_tau", [None, "head"])
+def test_a_patch_made_in_inference_mode_is_one_like_any_other(learn_tau: Any) -> None:
+    model = build("bert")
+    with torch.inference_mode():
+        patch = ga.patch_model(model, Config(learn_tau=learn_tau))
+    model.train()
+    patch.set_noise_scale(0.5)
+    if learn_tau is None:
+        patch.set_tau(0.5)
+    model(**inputs(model)).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in patch.learned_tau_parameters())
 
 
 def test_layers_draw_different_noise_from_one_seed() -> None:

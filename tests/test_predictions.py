@@ -46,6 +46,30 @@ def test_mean_spread_and_votes_are_those_of_the_single_passes(config, k):
     assert not torch.equal(result.mean, ga.sample_predictions(model, batch, k).mean)
 
 
+def test_seeds_give_each_pass_noise_of_its_own_that_belongs_to_the_examples():
+    model, batch = _classifier(Config(hard=True))
+    patch, seeds = ga.patch_of(model), torch.tensor([5, -9, 2**40])
+    with patch.seeds(seeds):
+        torch.manual_seed(0)
+        result = ga.sample_predictions(model, batch, 5)
+        torch.manual_seed(1)
+        again = ga.sample_predictions(model, batch, 5)
+        with patch.noise(True):
+            first_pass = logits(model, batch).softmax(-1)
+        once = ga.sample_predictions(model, batch, 1)
+    assert (result.std.amax(-1) > 1e-3).all()
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+    torch.testing.assert_close(once.mean, first_pass)
+    with patch.seeds(seeds[1:]):
+        part = ga.sample_predictions(model, {name: x[1:] for name, x in batch.items()}, 5)
+    for got, expected in zip(part, result, strict=True):
+        torch.testing.assert_close(got, expected[1:], rtol=1e-4, atol=1e-5)
+    with patch.seeds(seeds):
+        with pytest.raises(ValueError, match="input_ids"):
+            ga.sample_predictions(model, {}, 2)
+        assert torch.equal(ga.sample_predictions(model, batch, 5).mean, result.mean)
+
+
 def test_tokens_are_predicted_one_by_one():
     model = build("llama")
     ga.patch_model(model, Config(hard=True))

@@ -135,14 +135,20 @@ class ModelPatch:
     def seeds(self, seeds: Tensor | None) -> _Restore:
         """Gives each example of the next calls its own noise; as a context manager, until its end.
 
-        An example's noise, and the dropout of its attention weights, then depend on its seed and the layer alone, not
-        on the batch it is in, and repeat with the seed.
+        An example's noise, and the dropout of its attention weights, then depend on its seed, the layer, the head and
+        the positions of query and key alone, not on the batch it is in, and repeat with the seed. A position counts
+        the tokens of its sequence from the first that a query sees: padding on either side changes nothing, and steps
+        with a cache draw what the whole sequence would, if the cache was filled under seeds. Not so: queries of a
+        decoder that is padded on the left, where they attend to an encoder, and layers that call
+        scaled_dot_product_attention themselves, count from the left of the batch; layers whose softmax is rewritten
+        refuse seeds for their noise, and their dropout is the model's own, which seeds do not fix.
 
         Args:
             seeds: int64 (B,); ``None`` goes back to noise drawn anew in every call.
 
         Raises:
             TypeError: the seeds are not such a tensor.
+            NotImplementedError: in a later call: a layer uses a cache and does not show its tokens' positions.
         """
         self._check_in_force()
         if seeds is None:

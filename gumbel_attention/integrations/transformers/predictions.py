@@ -14,6 +14,9 @@ from ..patched_state import PatchedState
 from .patch import patched_modules
 from .saving import patch_of
 
+_PASS_STRIDE = 0x27BB2EE687B0B0FD
+"""Between the seeds of two passes: odd and large, so that they stay clear of those of other layers and examples."""
+
 
 class SampledPredictions(NamedTuple):
     """Class probabilities over K noisy passes.
@@ -34,8 +37,9 @@ def sample_predictions(model: nn.Module, inputs: Mapping[str, Any], k: int) -> S
 
     ``mean = 1/k sum_i softmax(logits_i)``; mean, spread and votes are summed up as the passes come, so that memory
     holds a few tensors of the logits' size, whatever ``k``. Noise is drawn from torch's default generator: after
-    ``torch.manual_seed`` the result repeats. Layers without noise stay so; dropout is off. The mode of every module
-    and the noise switches are as before afterwards.
+    ``torch.manual_seed`` the result repeats. Within :meth:`ModelPatch.seeds` it is a function of each example's seed
+    instead: the first pass has these seeds, each further one seeds derived from them. Layers without noise stay so;
+    dropout is off. The mode of every module, the noise switches and the seeds are as before afterwards.
 
     Args:
         model: a patched model, wrapped or not, that returns ``logits``: (B, C) of classes, (B, L, V) of tokens.
@@ -55,7 +59,7 @@ def sample_predictions(model: nn.Module, inputs: Mapping[str, Any], k: int) -> S
         raise ValueError(f"k must be an integer >= 1, got {k}.")
     patch_of(model)
     states = [state for _, _, state in patched_modules(model)]
-    with torch.no_grad(), _eval_mode(model), _noise_on(states):
+    with torch.no_grad(), _eval_mode(model), _noise_on(states), _seeds_kept(states):
         mean = squares = votes = torch.zeros(())
         for count in range(1, k + 1):
             probabilities = _probabilities(model(**inputs))
@@ -63,6 +67,8 @@ def sample_predictions(model: nn.Module, inputs: Mapping[str, Any], k: int) -> S
             mean = mean + change / count
             squares = squares + change * (probabilities - mean)
             votes = votes + one_hot(probabilities.argmax(-1), probabilities.shape[-1])
+            for state in states:
+                state.seeds = None if state.seeds is None else state.seeds + _PASS_STRIDE
     return SampledPredictions(mean, (squares / k).sqrt(), votes.to(mean.dtype) / k)
 
 
@@ -105,3 +111,13 @@ def _noise_on(states: list[PatchedState]) -> Iterator[None]:
     finally:
         for state, override in zip(states, before, strict=True):
             state.noise_override = override
+
+
+@contextmanager
+def _seeds_kept(states: list[PatchedState]) -> Iterator[None]:
+    before = [state.seeds for state in states]
+    try:
+        yield
+    finally:
+        for state, seeds in zip(states, before, strict=True):
+            state.seeds = seeds

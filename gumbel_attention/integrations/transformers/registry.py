@@ -20,6 +20,7 @@ from ..patched_state import PatchedState, state_of
 from .config_view import config_view
 from .mask_arguments import mask_and_causal, only_blocks, only_keys, with_bias, with_sink_key
 from .masks import NAME
+from .positions import Call, follow_calls, offsets, unfollow_calls
 
 REFUSED = ("cache", "head_mask")
 
@@ -33,16 +34,19 @@ class RegistryState(PatchedState):
         super().__init__(*args)
         self.source_config: PretrainedConfig | None = None
         self.weights_given = False
+        self.call: Call | None = None
 
     def enter(self, module: Any) -> None:
         """Gives the module a view of its config with our name, and itself as a child."""
         self.source_config = cast(PretrainedConfig, module.config)
         module.config = config_view(module, NAME)
+        follow_calls(module)
         super().enter(module)
 
     def leave(self, module: Any) -> None:
         """Puts the module's config back."""
         super().leave(module)
+        unfollow_calls(module)
         module.config = self.source_config
         self.source_config = None
 
@@ -101,14 +105,22 @@ def gumbel_attention_forward(
         )
     state.note_run()
     attention_mask, causal = mask_and_causal(module, query, key, attention_mask, is_causal)
+    sinks = sinks if s_aux is None else s_aux
+    sink_key = sinks is not None and sinks.ndim == 4
+    q_offset: int | Tensor = 0
+    k_offset: int | Tensor = 0
+    call = state.call
+    if call is not None and call.cache is not None:
+        state.call = None  # which would keep the cache
+    if state.draws_by_seeds(module.training, dropout):
+        q_offset, k_offset = offsets(module, call, query, key, attention_mask, sink_key)
     if indices is not None:
         attention_mask = only_keys(indices, attention_mask, key.shape[-2])
     if block_indices is not None:
         attention_mask, causal = only_blocks(module, block_indices, attention_mask, causal, query, key, kwargs), False
     attention_mask = with_bias(attention_mask, position_bias, key.shape[-2])
-    sinks = sinks if s_aux is None else s_aux
     k_len = key.shape[-2]
-    if sinks is not None and sinks.ndim == 4:
+    if sinks is not None and sink_key:
         key, value, attention_mask = with_sink_key(sinks, key, value, attention_mask, causal)
         sinks, causal = None, False
     info = attend(
@@ -124,6 +136,8 @@ def gumbel_attention_forward(
         softcap=softcap,
         sinks=sinks,
         need_weights=_weights_given(module, state, kwargs),
+        q_offset=q_offset,
+        k_offset=k_offset,
     )
     weights = info.weights
     if weights is not None and key.shape[-2] != k_len:

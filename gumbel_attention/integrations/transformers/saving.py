@@ -124,8 +124,9 @@ def gathered_patch(model: nn.Module) -> PatchContent:
     return PatchContent(settings_of(root), named, sharded, partial)
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def _whole(parameter: nn.Parameter | None) -> Tensor:
     """The values of a parameter; all processes call this together for one that is sharded (a DTensor)."""
+    assert parameter is not None
     values: Any = parameter.detach()
     whole: Tensor = values.full_tensor() if hasattr(values, "full_tensor") else values
     return whole
