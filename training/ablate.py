@@ -6,8 +6,9 @@
 The file holds ``base`` (settings of the script), ``arms`` (name: settings that differ), ``seeds``, ``output_dir`` and,
 where they are not finetune.py and its accuracy, ``script`` (its name without .py) and ``metric``; further ``title``,
 ``reference`` (the arm to compare with), ``questions`` (planned comparisons) and ``search`` (a learning rate for each
-arm, or for some, from the same small grid, on other data than the study evaluates on). Unknown and repeated keys are
-refused. ``{seed}`` in a text setting, such as a path, is the seed of the run.
+arm, or for some, from the same small grid, on other data than the study evaluates on; ``follow`` in it says which arms
+take what another one's search chose). Unknown and repeated keys are refused. ``{seed}`` in a text setting, such as a
+path, is the seed of the run.
 
 ``output_dir`` holds study.yaml, a copy of the file with all defaults; runs/ID.json for every finished run, written
 whole or not at all; the same of the search in search/, with what it chose in search/chosen.json; failed/ID.json with
@@ -125,7 +126,9 @@ def selection(study: Study, only: str | None, seeds: str | None) -> Callable[[Pl
         if word not in known:
             raise UsageError(f"--seeds names {word!r}, the study has {', '.join(known)}.")
     wanted = {known[word] for word in words}
-    return lambda run: run.arm in arms and (bool(run.choice) or run.seed in wanted)
+    follow = {} if study.search is None else study.search.follow
+    searched = {follow.get(arm, arm) for arm in arms}
+    return lambda run: run.arm in searched if run.choice else run.arm in arms and run.seed in wanted
 
 
 def run_study(study: Study, select: Callable[[PlannedRun], bool], options: Options) -> dict[str, str]:

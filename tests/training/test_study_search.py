@@ -139,8 +139,66 @@ def test_some_arms_may_keep_what_the_base_says(tmp_path: Path) -> None:
     assert rates == {"soft": study.runs[0].args.learning_rate, "plain": 2e-4}
     again = read_study(tmp_path / "out")
     assert again.search is not None
-    assert again.search.arms == ("plain",)
+    assert list(again.search.arms) == ["plain"]
     assert again.unsettled == []
+
+
+THREE = {**STUDY["arms"], "hard": {"noise": "none", "hard": True}}
+
+
+def test_an_arm_may_take_what_another_ones_search_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path, arms=THREE, search={**SEARCH, "arms": ["plain"], "follow": {"hard": "plain"}})
+    assert load_study(path).unsettled == ["plain", "hard"]
+    assert ablate.main(["--config", path, "--only", "hard", "--seeds", "0"], StubStarter(value=peak(2e-4))) == 0
+    assert [(row.arm, row.config["learning_rate"]) for row in read_rows(tmp_path / "out")] == [("hard", 2e-4)]
+    starter = StubStarter(value=peak(2e-4))
+    assert ablate.main(["--config", path], starter) == 0
+    assert len(starter.started) == 5, "the search is not repeated"
+    base = load_study(path).runs[0].args.learning_rate
+    rates = {row.arm: row.config["learning_rate"] for row in read_rows(tmp_path / "out")}
+    assert rates == {"soft": base, "plain": 2e-4, "hard": 2e-4}
+    again = read_study(tmp_path / "out")
+    assert again.search is not None
+    assert (again.search.follow, again.unsettled) == ({"hard": "plain"}, [])
+    assert again.chosen["hard"] == {"learning_rate": 2e-4}
+
+
+def test_the_search_of_an_arm_may_differ_in_more_than_the_grid(tmp_path: Path) -> None:
+    """A budget, say: each arm's own in the study, and in the search a part of it."""
+    arms = {"plain": {"max_train_steps": 5}, "soft": {}}
+    search = {**SEARCH, "arms": arms, "settings": {**SEARCH["settings"], "max_train_steps": 9}}
+    study = load_study(write_study(tmp_path, search=search))
+    assert study.search is not None
+    steps = {run.arm: run.args.max_train_steps for run in study.search.runs}
+    assert steps == {"soft": 9, "plain": 5}
+    assert {run.args.max_train_steps for run in study.runs} == {None}
+    assert ablate.main(["--config", str(tmp_path / "plan.yaml")], StubStarter(value=peak(2e-4))) == 0
+    again = read_study(tmp_path / "out")
+    assert again.search is not None
+    assert again.search.arms == {"soft": {}, "plain": {"max_train_steps": 5}}
+    assert [run.id for run in again.search.runs] == [run.id for run in study.search.runs]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"follow": {"hard": "plain"}},
+            "expected arms that are not searched, each with one that is .*got hard: plain",
+        ),
+        ({"arms": ["plain"], "follow": {"plain": "plain"}}, "got plain: plain"),
+        ({"arms": ["plain"], "follow": {"hard": "soft"}}, r"\(plain\), got hard: soft"),
+        ({"arms": ["plain"], "follow": {"hrad": "plain"}}, "got hrad: plain"),
+        ({"arms": ["plain"], "follow": ["hard"]}, "follow in search of .*: expected a mapping"),
+        ({"arms": {"plain": {"learning_rate": 1.0}}}, "arm 'plain' sets learning_rate, which the search"),
+        ({"arms": {"plain": {"seed": 1}}}, "seed is set by the study"),
+        ({"arms": {"plain": {"max_train_step": 1}}}, r"mean max_train_steps\?"),
+        ({"arms": "plain"}, "expected some of soft, plain, hard"),
+    ],
+)
+def test_followers_and_searched_arms_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_study(write_study(tmp_path, arms=THREE, search={**SEARCH, **changes}))
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,12 @@ def study_content(study: Study) -> dict[str, Any]:
     if search is not None:
         content["search"] = {"grid": search.grid, "seeds": search.seeds, "mode": search.mode}
         content["search"]["settings"] = search.settings
-        if len(search.arms) < len(study.arms):
+        if any(search.arms.values()):
+            content["search"]["arms"] = search.arms
+        elif len(search.arms) < len(study.arms):
             content["search"]["arms"] = list(search.arms)
+        if search.follow:
+            content["search"]["follow"] = search.follow
     content["questions"] = [
         {
             "id": question.id,

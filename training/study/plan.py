@@ -30,7 +30,7 @@ _STUDY_KEYS = (
 )
 ADDED = ("planned", "chosen")
 """What study.yaml has beside the keys of a study's file; passed over, so that such a copy can be run too."""
-_SEARCH_KEYS = ("grid", "seeds", "settings", "mode", "arms")
+_SEARCH_KEYS = ("grid", "seeds", "settings", "mode", "arms", "follow")
 _NOT_IN_ID = (*OWN_KEYS[1:], "checkpointing_steps", "keep_last", "report_to", "project_name")
 
 
@@ -95,7 +95,8 @@ class Search:
         mode: the evaluation mode whose metric is compared.
         settings: differences from the base, under every arm.
         runs: all of them, arm by arm.
-        arms: those that are searched; the others keep the base's values.
+        arms: those that are searched -> what is different in their runs beside ``settings``, such as a budget.
+        follow: arm -> the searched arm whose choice it takes. All others keep the base's values.
     """
 
     grid: dict[str, tuple[float, ...]]
@@ -103,7 +104,8 @@ class Search:
     mode: str
     settings: dict[str, Any]
     runs: tuple[PlannedRun, ...]
-    arms: tuple[str, ...]
+    arms: dict[str, dict[str, Any]]
+    follow: dict[str, str]
 
     def choices(self) -> list[dict[str, float]]:
         """Every combination of the grid's values, smaller ones first."""
@@ -147,11 +149,14 @@ class Study:
     @property
     def unsettled(self) -> list[str]:
         """The arms that wait for what the search chooses for them."""
-        return [] if self.search is None else [arm for arm in self.search.arms if arm not in self.chosen]
+        waiting = () if self.search is None else (*self.search.arms, *self.search.follow)
+        return [arm for arm in waiting if arm not in self.chosen]
 
     def with_chosen(self, chosen: Mapping[str, Mapping[str, float]]) -> Study:
         """The study with what its search chose for some or all arms."""
-        known = {arm: dict(values) for arm, values in chosen.items() if arm in self.arms}
+        follow = {} if self.search is None else self.search.follow
+        known = {arm: dict(values) for arm, values in chosen.items() if arm in self.arms and arm not in follow}
+        known |= {arm: known[other] for arm, other in follow.items() if other in known}
         runs = _plan_runs(self.script, self.base, self.arms, self.seeds, self.output_dir, known)
         return dataclasses.replace(self, runs=runs, chosen=known)
 
@@ -338,28 +343,46 @@ def _search(
     if shared:
         raise UsageError(f"seeds in {where}: {shared} are seeds of the study too; the search needs others.")
     settings = own_settings(kind, content.get("settings"), f"settings of {where}")
-    searched = _searched_arms(content.get("arms"), arms, where)
-    grid = read_grid(content.get("grid"), kind, searched, settings, where)
+    searched = _searched_arms(content.get("arms"), arms, kind, where)
+    follow = _followers(content.get("follow"), arms, searched, where)
+    choosing = {arm: {**arms[arm], **searched.get(arm, {})} for arm in (*searched, *follow)}
+    grid = read_grid(content.get("grid"), kind, choosing, settings, where)
     mode = content.get("mode", NOISE_OFF)
-    search = Search(grid, seeds, mode, settings, (), tuple(searched))
+    search = Search(grid, seeds, mode, settings, (), searched, follow)
     runs = []
-    for arm, differences in searched.items():
+    for arm, own in searched.items():
+        differences = arms[arm]
         here = f"arm {arm!r} in the {where}"
         plain, *others = (run_settings(kind, {**base, **differences, "seed": seed}, here) for seed in study_seeds)
         if mode not in modes_of(plain):
             raise UsageError(f"mode in {where}: {here} is evaluated in {', '.join(modes_of(plain))}, got {mode!r}.")
         for choice, seed in itertools.product(search.choices(), seeds):
-            args = run_settings(kind, {**base, **differences, **settings, **choice, "seed": seed}, here)
+            args = run_settings(kind, {**base, **differences, **settings, **own, **choice, "seed": seed}, here)
             for studied in (plain, *others):  # {seed} in a path makes other files of other seeds
                 check_other_evaluation_data(args, studied, here)
             runs.append(plan_run(arm, args, output_dir, script, choice))
     return dataclasses.replace(search, runs=tuple(runs))
 
 
-def _searched_arms(names: Any, arms: Mapping[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
-    """The arms of that names, in the order of the study; None is all of them."""
-    if names is None:
-        return dict(arms)
-    if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names) or set(names) - set(arms):
-        raise UsageError(f"arms in {where}: expected some of {', '.join(arms)}, none twice, got {names!r}.")
-    return {arm: differences for arm, differences in arms.items() if arm in names}
+def _searched_arms(
+    value: Any, arms: Mapping[str, Any], kind: type[RunArguments], where: str
+) -> dict[str, dict[str, Any]]:
+    """The searched arms, in the order of the study, and what is different in their runs; None is all of them."""
+    if value is None:
+        return {arm: {} for arm in arms}
+    named = value if isinstance(value, dict) else dict.fromkeys(map(str, value)) if isinstance(value, list) else {}
+    if not named or len(named) != len(value) or set(named) - set(arms):
+        raise UsageError(f"arms in {where}: expected some of {', '.join(arms)}, none twice, got {value!r}.")
+    return {arm: own_settings(kind, named[arm], f"arm {arm!r} in the {where}") for arm in arms if arm in named}
+
+
+def _followers(value: Any, arms: Mapping[str, Any], searched: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Arm -> the searched arm whose choice it takes, in the order of the study."""
+    follow = mapping(value, f"follow in {where}")
+    for arm, other in follow.items():
+        if arm not in arms or arm in searched or other not in searched:
+            raise UsageError(
+                f"follow in {where}: expected arms that are not searched, each with one that is "
+                f"({', '.join(searched)}), got {arm}: {other}."
+            )
+    return {arm: follow[arm] for arm in arms if arm in follow}
