@@ -95,15 +95,22 @@ def test_nan_in_a_float_mask(name: str, hard: bool, noise: str, dtype: torch.dty
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_gradient_through_nan_is_nan(name: str, hard: bool) -> None:
     """And so it is seen where gradients are watched."""
-    arguments = inputs(name, hard=hard, tau=torch.ones(2, requires_grad=True))
-    query, key = (arguments[x].clone().requires_grad_() for x in ("query", "key"))  # type: ignore[attr-defined]
+    tau = torch.ones(2, requires_grad=True)
+    arguments = inputs(name, hard=hard, tau=tau)
+    query, key = arguments["query"], arguments["key"]
+    assert isinstance(query, Tensor)
+    assert isinstance(key, Tensor)
+    query, key = query.clone().requires_grad_(), key.clone().requires_grad_()
     with torch.no_grad():
         query[:, :, 6] = NAN
     attend(name, arguments | {"query": query, "key": key}).sum().backward()
+    assert query.grad is not None
+    assert key.grad is not None
+    assert tau.grad is not None
     assert query.grad[:, :, 6].isnan().all()
     assert query.grad.isnan().any(-1).sum() == 2
     assert key.grad[:, :, 20].isnan().all()
-    assert arguments["tau"].grad.isnan().all()  # type: ignore[attr-defined]
+    assert tau.grad.isnan().all()
 
 
 def test_the_mask_is_torchs() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from harness.errors import UsageError
+from harness.resume import COMPARED_AS_DATA
 from study.plan import ADDED, SEARCH_FOLDER, Study, study_of
 from study.rows import ROWS_FOLDER, STUDY_FILE, write_durably
 from study.yaml_file import read_strict_yaml
@@ -135,13 +136,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], moved: bool 
     return [
         f"{key}: {then.get(key, absent)!r} -> {here.get(key, absent)!r}"
         for key in keys
-        if then.get(key, absent) != here.get(key, absent) and not (moved and _is_moved(then.get(key), here.get(key)))
+        if then.get(key, absent) != here.get(key, absent)
+        and not (moved and key.rpartition(".")[2] in COMPARED_AS_DATA and _is_moved(then.get(key), here.get(key)))
     ]
 
 
 def _is_moved(then: Any, here: Any) -> bool:
-    paths = [Path(value) for value in (then, here) if isinstance(value, str) and "/" in value]
-    return len(paths) == 2 and paths[0].name == paths[1].name
+    """Whether two files are of one name."""
+    return isinstance(then, str) and isinstance(here, str) and Path(then).name == Path(here).name
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
