@@ -18,6 +18,8 @@ BLOCK_SCORES = 2**22
 """Scores of a call up to which the reference is faster than blocks, which compute them twice."""
 MASK_SCORES = 2**28
 """Scores of a call on a GPU from which on its mask is too large to be built for scaled_dot_product_attention."""
+HALF_PRECISION_HEAD_SCORES = 2**13
+"""Scores of a head up to which torch's attention on the CPU takes several times as long backward as in float32."""
 
 
 Result = TypeVar("Result")
@@ -174,11 +176,23 @@ def _passed_over(name: str, problem: AttentionProblem) -> str | None:
     on_cpu = problem.query.device.type == "cpu"
     if on_cpu and problem.dropout_p > 0.0:
         return "on the CPU it keeps all scores where there is dropout"
+    if on_cpu and _trained_in_half_precision(problem) and _head_scores(problem) <= HALF_PRECISION_HEAD_SCORES:
+        return f"its backward pass is slow for short sequences in {problem.query.dtype}"
     if problem.is_causal and problem.keep is not None and _scores(problem) > (BLOCK_SCORES if on_cpu else MASK_SCORES):
         return "a causal mask together with another one would have to be built"
     return None
 
 
+def _trained_in_half_precision(problem: AttentionProblem) -> bool:
+    tensors = (problem.query, problem.key, problem.value)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return needs_gradient and problem.query.dtype in (torch.bfloat16, torch.float16)
+
+
 def _scores(problem: AttentionProblem) -> int:
-    batch, heads, q_len, _ = problem.query.shape
-    return batch * heads * q_len * problem.key.shape[-2]
+    batch, heads, _, _ = problem.query.shape
+    return batch * heads * _head_scores(problem)
+
+
+def _head_scores(problem: AttentionProblem) -> int:
+    return problem.query.shape[-2] * problem.key.shape[-2]

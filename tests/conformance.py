@@ -50,7 +50,7 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = {
     "sdpa": (torch.float64, torch.float32, *HALF),
     "triton": (torch.float32, *HALF),
-    "cpu": (torch.float32,),
+    "cpu": (torch.float32, *HALF),
     "blockwise": (torch.float64, torch.float32, *HALF),
 }
 MATRIX_UNITS = ("sdpa", "triton")

@@ -52,6 +52,19 @@ def test_kernels_run_where_they_can() -> None:
     torch.testing.assert_close(*same)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_sequences_train_without_the_slow_backward_pass_of_half_precision(dtype: torch.dtype) -> None:
+    """On one core and (64, 12, 26, 32) it takes 104 ms in bfloat16, where that of float32 takes 10."""
+    short, long = ([x.to(dtype).requires_grad_() for x in qkv(length)] for length in (64, 128))
+    explained = ga.explain(*short, noise="none")
+    assert "slow for short sequences" in explained.rejected["sdpa"]
+    assert ga.explain(*long, noise="none").impl == "sdpa"
+    assert ga.explain(*(x.detach() for x in short), noise="none").impl == "sdpa"
+    with torch.no_grad():
+        assert ga.explain(*short, noise="none").impl == "sdpa"
+    assert ga.explain(*(x.detach().float().requires_grad_() for x in short), noise="none").impl == "sdpa"
+
+
 def test_explaining_draws_nothing() -> None:
     inputs = qkv(8)
     state = torch.get_rng_state()

@@ -82,7 +82,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
             self.data = load_data(self.args, self.tokenizer, tell)
         described = describe_data("train", self.data.train) | describe_data("validation", self.data.validation)
         described |= {"label_names": self.data.label_names}
-        self.distillation = self._load_teacher()
+        self.distillation = self._load_teacher(accelerator)
         return described if self.distillation is None else described | self.distillation.describe()
 
     def make_loaders(self, order: torch.Generator) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -132,7 +132,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
                 return self.distillation.loss(model, inputs)
             return loss_of_model(model, inputs)
 
-    def _load_teacher(self) -> Distillation | None:
+    def _load_teacher(self, accelerator: Accelerator) -> Distillation | None:
         args = self.args
         if args.distill_from is None:
             return None
@@ -144,6 +144,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
             args.distill_hidden,
             args.distill_spliced,
             self.tokenizer.pad_token_id,
+            accelerator.autocast,
         )
 
     def evaluate(self, accelerator: Accelerator, model: torch.nn.Module, loader: Any) -> dict[str, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class Distillation:
         hidden: v, of the hidden states; with 0 they are not computed.
         spliced: the share.
         pad_token_id: of the spliced texts.
+        precision: what the teacher runs in; Accelerate's ``autocast`` gives it the student's.
     """
 
     teacher: nn.Module
@@ -52,6 +55,7 @@ class Distillation:
     hidden: float = 0.0
     spliced: float = 0.0
     pad_token_id: int = 0
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def loss(self, student: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch with ``labels``."""
@@ -62,7 +66,7 @@ class Distillation:
             weight = weight.masked_fill(unlabelled, 1.0)
         asked = {name: value for name, value in inputs.items() if name != "labels"}
         self.teacher.to(inputs["labels"].device)
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             target = self.teacher(**asked, output_hidden_states=wants_states)
         output = student(**asked, output_hidden_states=wants_states)
         logits = output.logits.float()

@@ -1,15 +1,18 @@
-"""Native CPU kernels, float32: what attention of PyTorch costs, with the noise drawn in the kernel.
+"""Native CPU kernels in float32: what attention of PyTorch costs, with the noise drawn in the kernel.
 
 The formulas of the reference in blocks of queries and keys that stay in the cache. Nothing of the size of the scores
-is kept: the backward pass computes scores and noise again. Compiled on first use; see :func:`available`.
+is kept: the backward pass computes scores and noise again. bfloat16 and float16 come and go as they are, computed from
+copies in float32. Compiled on first use; see :func:`available`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, compute_dtype
 from . import ops
 
 __all__ = ["attention", "available", "unsupported"]
@@ -29,7 +32,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
     choice, query = problem.choice, problem.query
     if query.device.type != "cpu":
         return f"it computes on the CPU, and the tensors are on {query.device}"
-    if query.dtype != torch.float32:
+    if compute_dtype(query.dtype) != torch.float32:
         return f"it computes in float32, and the tensors are {query.dtype}"
     if choice.noise not in ("none", "gumbel"):
         return f"it draws Gumbel noise only, not {choice.noise!r}"
@@ -60,4 +63,5 @@ def attention(problem: AttentionProblem, block: int = 0) -> Tensor:
     reason = unsupported(problem) or available()
     if reason is not None:
         raise NotImplementedError(f"impl='cpu' is not possible here: {reason}. impl='blockwise' is.")
-    return ops.attention(problem, block)
+    tensors = {name: getattr(problem, name).to(torch.float32) for name in ("query", "key", "value")}
+    return ops.attention(dataclasses.replace(problem, **tensors), block).to(problem.query.dtype)
