@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import run, sentences, write_rows
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+import finetune
 import gumbel_attention as ga
 from harness import distillation, models
 from harness.arguments import FinetuneArguments
@@ -109,6 +111,25 @@ def test_a_run_learns_from_its_teacher_and_starts_as_without(settings: dict[str,
     assert run(settings, distill_from=teacher, distill_hidden=1.0, distill_spliced=0.5).train == spliced.train
     labels_alone = run(settings, distill_from=teacher, distill_weight=0.0, distill_hidden=1e-30)
     assert labels_alone.train[0]["loss"] == pytest.approx(plain.train[0]["loss"], abs=1e-6), "noise or data moved"
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_the_teacher_runs_in_the_precision_of_the_run(
+    settings: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype
+) -> None:
+    found = []
+
+    def loaded(*args: Any) -> torch.nn.Module:
+        master = load_teacher(*args)
+        master.get_submodule("bert.pooler.dense").register_forward_hook(
+            lambda _, given, output: found.append(output.dtype)
+        )
+        return master
+
+    monkeypatch.setattr(finetune, "load_teacher", loaded)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the teacher was trained in float32
+    run(settings, distill_from=teacher, mixed_precision=precision)
+    assert set(found) == {dtype}
 
 
 def test_a_run_goes_on_with_the_teacher_it_had(settings: dict[str, Any], teacher: str, tmp_path: Path) -> None:
