@@ -6,7 +6,8 @@ A folder is the ``output_dir`` of a run of finetune.py with ``save_model: true``
 evaluated on, without noise: the accuracy with 0, 1, ... all layers hard, from the top and from the bottom; with the
 heads fixed to the first token, their own, or one drawn once; and for every head how far its choice depends on the
 text. Everything goes to hard_heads.json in the folder, means over the heads of each layer to the terminal. A model
-that trained with its own attention is made hard for this.
+that trained with its own attention is made hard for this. A folder without a model, but with a hard_heads.json, counts
+with what that says.
 
 With ``--output`` a summary over arms and seeds goes to that folder: hard_heads.json, hard_heads.md and
 hard_layers.png. Runs in folders ARM-seedN or ARM-seedN-HASH, as ablate.py names those that ``--keep_work`` leaves in
@@ -50,8 +51,16 @@ def read_run(folder: Path, max_eval_samples: int | None = None) -> Run:
         max_eval_samples: evaluates on a subset; None is what the run did.
 
     Raises:
-        UsageError: the folder has no settings, or no model.
+        UsageError: the folder has no settings, or neither a model nor what was measured of one on these data.
     """
+    if _measured_before(folder):
+        args = from_mapping(FinetuneArguments, _report_of(folder)["config"], f"in {folder / JSON_FILE}")
+        if max_eval_samples not in (None, args.max_eval_samples):
+            raise UsageError(
+                f"{str(folder / JSON_FILE)!r} was measured with max_eval_samples {args.max_eval_samples}, and the "
+                f"model is gone: it cannot be measured with {max_eval_samples}."
+            )
+        return Run(folder, args)
     args = from_mapping(FinetuneArguments, read_yaml(folder / CONFIG_FILE), f"in {folder / CONFIG_FILE}")
     if max_eval_samples is not None:
         args = dataclasses.replace(args, max_eval_samples=max_eval_samples)
@@ -60,11 +69,13 @@ def read_run(folder: Path, max_eval_samples: int | None = None) -> Run:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """The report on a run's saved model.
+    """The report on a run's saved model, or the one that there is.
 
     Raises:
         UsageError: its folder has no such model, or its data are not to be had.
     """
+    if _measured_before(run.folder):
+        return _report_of(run.folder)
     args = run.args
     model, patch = _load(run.folder)
     tokenizer = load_tokenizer(args.model_name_or_path, args.cache_dir)
@@ -111,6 +122,21 @@ def table(report: dict[str, Any]) -> str:
     for layer in range(len(means["bits"])):
         lines.append(f"| {layer} | {' | '.join(f'{means[name][layer]:.3f}' for name in MEASURES)} |")
     return "\n".join(lines)
+
+
+def _measured_before(folder: Path) -> bool:
+    """Whether there is a report, but no model to measure again."""
+    return (folder / JSON_FILE).is_file() and not (folder / "model").is_dir()
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{str(folder / JSON_FILE)!r} is no report of hard_heads.py: {error}") from error
+    if not isinstance(found, dict) or "config" not in found:
+        raise UsageError(f"{str(folder / JSON_FILE)!r} is no report of hard_heads.py on one run: it has no config.")
+    return found
 
 
 def _is_patched(run: Path) -> bool:

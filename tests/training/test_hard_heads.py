@@ -132,6 +132,40 @@ def test_the_script_sums_up_two_seeds_of_two_arms(
     assert str(tmp_path) not in text + json.dumps(content)
     assert (summary / "hard_layers.png").read_bytes().startswith(b"\x89PNG")
     assert "hardened-seed1-1a2b3c4d\n\n| hard layers | 0 | 1 | 2 |" in capsys.readouterr().out
+    for folder in folders[1:]:
+        shutil.rmtree(Path(folder, "model"))
+    Path(folders[1], "config.yaml").unlink()
+    hard_heads.main([*folders, "--output", str(summary), "--max_eval_samples", "10"])
+    assert json.loads((summary / "hard_heads.json").read_text()) == content, "one measured again, three as before"
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({}, ["--max_eval_samples", "5"], "cannot be measured with 5"),
+        ({"versions": {"torch": "1.0"}}, [], "measured with different versions: measure both on one machine"),
+        ({"config": None}, [], "it has no config"),
+    ],
+)
+def test_reports_that_do_not_fit_are_refused(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    words: list[str],
+    message: str,
+) -> None:
+    folders = [tmp_path / "a-seed0", tmp_path / "a-seed1"]
+    run(settings, save_model=True, max_train_steps=1, output_dir=str(folders[0]))
+    hard_heads.main([str(folders[0])])
+    report = json.loads((folders[0] / "hard_heads.json").read_text())
+    folders[1].mkdir()
+    report = {name: value for name, value in (report | change).items() if value is not None}
+    (folders[1] / "hard_heads.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as stopped:
+        hard_heads.main([*map(str, folders), "--output", str(tmp_path / "summary"), *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_runs_that_make_no_summary_are_refused_before_anything_is_measured(

@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "num_processes": 1,
     "num_threads": 1,
     "versions": {"python": "3.11", "torch": "2.13"},
-    "git": None,
 }
 
 
@@ -41,6 +40,7 @@ def measured(name: str, shift: float = 0.0, sentences: int = 50, layers: int = 2
             for measure in MEASURES
         },
         "config": {"output_dir": "/home/someone/work"},
+        "git": {"commit": f"of {name}"},
         **ENVIRONMENT,
     }
     return Measured(run_of(name, **settings), report)
@@ -104,6 +104,7 @@ def test_means_and_half_widths_by_hand(tmp_path: Path) -> None:
         "sentences": 50,
     }
     assert {name: content[name] for name in ENVIRONMENT} == ENVIRONMENT
+    assert [row["git"] for row in content["runs"]] == [{"commit": f"of {row['run']}"} for row in content["runs"]]
 
 
 def test_files_are_small_and_name_no_folder_of_a_machine(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from study.tables import Table
 
 JSON_FILE, TABLE_FILE, PLOT_FILE = "hard_heads.json", "hard_heads.md", "hard_layers.png"
 _RUN_NAME = re.compile(r"(?P<arm>.+)-seed(?P<seed>\d+)(-[0-9a-f]+)?")
-_ENVIRONMENT = ("device", "num_processes", "num_threads", "versions", "git")
+_ENVIRONMENT = ("device", "num_processes", "num_threads", "versions")
 _LEGEND = (
     "Of every layer, the mean over its heads; layer 0 is next to the input. varies: share of queries whose key is not "
     "the same in all sentences of one length; differs: probability that two of these choose differently; bits: "
@@ -134,10 +134,16 @@ def check_measured(measured: Sequence[Measured]) -> None:
     """Refuses reports that cannot stand in one table.
 
     Raises:
-        UsageError: they have different numbers of sentences or layers.
+        UsageError: they have different numbers of sentences or layers, or were not measured alike.
     """
     first = measured[0]
     for other in measured[1:]:
+        differing = [name for name in _ENVIRONMENT if first.report[name] != other.report[name]]
+        if differing:
+            raise UsageError(
+                f"{str(first.run.folder)!r} and {str(other.run.folder)!r} were measured with different "
+                f"{', '.join(differing)}: measure both on one machine."
+            )
         for what, count in _COUNTED.items():
             if count(first) != count(other):
                 raise UsageError(
@@ -207,6 +213,7 @@ def summary(measured: Sequence[Measured], command: str) -> dict[str, Any]:
                 "run": item.run.name,
                 "arm": item.run.arm,
                 "seed": item.run.seed,
+                "git": item.report["git"],
                 "settings": {name: portable(deciding_settings(item.run.args)[name]) for name in differing},
                 "accuracy_by_hard_layers": item.curves,
                 "accuracy_with_fixed_keys": item.controls,
