@@ -33,7 +33,7 @@ quickstart: $(STAMP)
 	$(RUN) training/quickstart.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)
 	$(RUN) -m pytest -m "not slow"

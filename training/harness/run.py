@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import torch
 import transformers
 from accelerate import Accelerator, DistributedType
@@ -303,6 +302,8 @@ def _teller(accelerator: Accelerator) -> Callable[[str], None]:
 def _quieten_other_processes(accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         return
+    import datasets  # a second that a script without them would wait for
+
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
