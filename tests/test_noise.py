@@ -1,9 +1,9 @@
 """The random words bit for bit, the noise they give, and the draw of the seed."""
 
 import math
-import random
 from decimal import Decimal, localcontext
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -43,25 +43,23 @@ def test_second_stream_vector() -> None:
 
 @pytest.mark.slow
 def test_words_equal_python_integers_on_a_million_coordinates() -> None:
-    draw = random.Random(1)
-    n = 1_000_000
-    near = 2**31 - 64
-    rows = [
-        (
-            draw.getrandbits(64) - 2**63,
-            draw.randrange(4096),
-            draw.randrange(near, 2**31) if i % 4 == 0 else draw.randrange(2 ** draw.randrange(1, 32)),
-            draw.randrange(near, 2**31) if i % 4 == 1 else draw.randrange(2 ** draw.randrange(1, 32)),
-            i % 3,
-        )
-        for i in range(n)
-    ]
-    seed, bh, q, k, stream = (torch.tensor(column, dtype=torch.int64) for column in zip(*rows, strict=True))
+    draw, n = np.random.default_rng(1), 1_000_000
+    number = np.arange(n)
+    near = draw.integers(2**31 - 64, 2**31, size=(2, n))
+    far = draw.integers(2 ** draw.integers(1, 32, size=(2, n)))
+    columns = (
+        draw.integers(-(2**63), 2**63, size=n),
+        draw.integers(4096, size=n),
+        np.where(number % 4 == 0, near[0], far[0]),
+        np.where(number % 4 == 1, near[1], far[1]),
+        number % 3,
+    )
+    seed, bh, q, k, stream = map(torch.from_numpy, columns)
     got = torch.empty(n, dtype=torch.int64)
     for s in range(3):
         of = stream == s
         got[of] = noise.words(seed[of], bh[of], q[of], k[of], s)
-    want = torch.tensor([integer_word(*row) for row in rows])
+    want = torch.tensor([integer_word(*row) for row in zip(*(column.tolist() for column in columns), strict=True)])
     assert torch.equal(got, want)
 
 
