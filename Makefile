@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(RUN) training/quickstart.py
 
+# A worker takes a whole file; tests/conftest.py says in which order.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -243,10 +243,8 @@ def _checkpointed_loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("backend", "loss"),
-    [("aot_eager", _loss), ("aot_eager", _checkpointed_loss), ("inductor", _checkpointed_loss)],
-)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("loss", [_loss, _checkpointed_loss])
 def test_seed_under_compile_and_checkpoint(backend: str, loss: object) -> None:
     """The compiled gradient is that of the noise the compiled forward pass drew, checkpointed or not."""
     torch._dynamo.reset()

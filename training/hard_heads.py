@@ -69,13 +69,11 @@ def read_run(folder: Path, max_eval_samples: int | None = None) -> Run:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """The report on a run's saved model, or the one that there is.
+    """The report on a run's saved model.
 
     Raises:
         UsageError: its folder has no such model, or its data are not to be had.
     """
-    if _measured_before(run.folder):
-        return _report_of(run.folder)
     args = run.args
     model, patch = _load(run.folder)
     tokenizer = load_tokenizer(args.model_name_or_path, args.cache_dir)
@@ -190,8 +188,11 @@ def report(args: argparse.Namespace) -> None:
         make_folder(args.output, runs)
     measured = []
     for run in runs:
-        found = measure(run)
-        write_atomically(run.folder / JSON_FILE, json.dumps(found, indent=1) + "\n")
+        if _measured_before(run.folder):
+            found = _report_of(run.folder)
+        else:
+            found = measure(run)
+            write_atomically(run.folder / JSON_FILE, json.dumps(found, indent=1) + "\n")
         print(table(found) if len(runs) == 1 else f"{run.name}\n\n{table(found)}\n", flush=True)
         measured.append(Measured(run, found))
     if args.output is not None:
