@@ -6,7 +6,8 @@ the same words for a rectangle of positions at a quarter of the work: one Philox
 ``{q, q ^ 8} x {k, k ^ 8}``. Other implementations must match both bit for bit.
 
 torch has no arithmetic on unsigned 32-bit integers, so words are int64 tensors with values in [0, 2^32). A product
-of two words wraps modulo 2^64, which leaves the bits that ``>> 32`` and ``& MASK`` read as they should be.
+of two words may exceed int64, and a C++ compiler that is handed such a product may assume that it does not: each
+32-bit constant ``m`` above 2^31 therefore multiplies as ``m - 2^32``, which is the same modulo 2^32 and stays inside.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
+WRAP = 1 << 32
 GROUP_BIT = 8
 ROUNDS = 7
 SINK_POSITION = MASK
@@ -52,15 +54,15 @@ def draw_seed(*, device: torch.device) -> Tensor:
 
 def fmix(h: Tensor) -> Tensor:
     """The 32-bit finalizer of MurmurHash3 (Appleby)."""
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK
+    h = ((h ^ (h >> 16)) * (0x85EBCA6B - WRAP)) & MASK
+    h = ((h ^ (h >> 13)) * (0xC2B2AE35 - WRAP)) & MASK
     return h ^ (h >> 16)
 
 
 def philox_key(seed: Tensor, bh: Tensor) -> tuple[Tensor, Tensor]:
     """The two key words of ``seed`` (int64, all 64 bits count) and the flat head index ``bh``; they broadcast."""
     low, high = seed & MASK, (seed >> 32) & MASK
-    ka = fmix(low ^ fmix((bh * 0x9E3779B1 + 0x7F4A7C15) & MASK))
+    ka = fmix(low ^ fmix((bh * (0x9E3779B1 - WRAP) + 0x7F4A7C15) & MASK))
     kb = fmix((high + fmix((ka + bh) & MASK)) & MASK)
     return ka, kb
 
@@ -69,8 +71,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], ka: Tensor, kb: Tenso
     """Seven rounds of Philox 4x32 on broadcastable words: the four words of each counter."""
     c0, c1, c2, c3 = counter
     for _ in range(ROUNDS):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ ka) & MASK, p1 & MASK, ((p0 >> 32) ^ c3 ^ kb) & MASK, p0 & MASK
+        p0, p1 = c0 * (0xD2511F53 - WRAP), c2 * (0xCD9E8D57 - WRAP)
+        high0, high1 = (p0 >> 32) + c0, (p1 >> 32) + c2  # 2^32 c more: the upper words of the unsigned products
+        c0, c1, c2, c3 = high1 ^ c1 ^ ka, p1 & MASK, high0 ^ c3 ^ kb, p0 & MASK
         ka, kb = (ka + 0x9E3779B9) & MASK, (kb + 0xBB67AE85) & MASK
     return c0, c1, c2, c3
 

@@ -1,12 +1,16 @@
 """The random words bit for bit, the noise they give, and the draw of the seed."""
 
 import math
+import operator
+from collections.abc import Callable
 from decimal import Decimal, localcontext
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gumbel_attention as ga
@@ -14,6 +18,7 @@ from gumbel_attention import noise
 from gumbel_attention.noise import Coordinates
 from integer_noise import integer_word
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 VECTORS = [  # (seed, b, h, H, q, k) -> word, from the specification
     ((0, 0, 0, 1, 0, 0), 0xE55B1B4D),
     ((0, 0, 0, 1, 0, 8), 0xAA09B0BD),
@@ -61,6 +66,34 @@ def test_words_equal_python_integers_on_a_million_coordinates() -> None:
         got[of] = noise.words(seed[of], bh[of], q[of], k[of], s)
     want = torch.tensor([integer_word(*row) for row in zip(*(column.tolist() for column in columns), strict=True)])
     assert torch.equal(got, want)
+
+
+class ExactIntegers(TorchDispatchMode):
+    """Sums and products of int64 are those of Python's integers: none of them wraps."""
+
+    EXACT: ClassVar = {torch.ops.aten.add.Tensor: operator.add, torch.ops.aten.mul.Tensor: operator.mul}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self.EXACT and result.dtype == torch.int64:
+            exact = self.EXACT[func](*(torch.as_tensor(x).numpy().astype(object) for x in args))
+            assert np.all(exact == result.numpy().astype(object)), f"{func} leaves int64"
+            self.checked += 1
+        return result
+
+
+def test_no_product_leaves_int64() -> None:
+    """C++ leaves undefined what a signed product beyond its type is; a compiler took its upper word for positive."""
+    seed, bh = torch.randint(-(2**63), 2**63 - 1, (100, 1)), torch.tensor([0, 1, 4095, 2**31 - 1])
+    with ExactIntegers() as plain:
+        noise.words(seed, bh, torch.randint(2**31, (100, 1)), torch.randint(2**31, (1, 4)))
+    assert plain.checked > 40
+    with pytest.raises(AssertionError, match="leaves int64"), ExactIntegers():
+        int64(2**32 - 1) * 0xD2511F53
 
 
 @pytest.mark.parametrize(("q0", "k0"), [(0, 0), (5, 13), (2**31 - 40, 2**31 - 21), (16, 7)])
@@ -243,9 +276,16 @@ def _checkpointed_loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("loss", [_loss, _checkpointed_loss])
-def test_seed_under_compile_and_checkpoint(backend: str, loss: object) -> None:
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [
+        (_loss, "aot_eager"),
+        (_loss, "inductor"),
+        (_checkpointed_loss, "aot_eager"),
+        (_checkpointed_loss, "aot_eager_decomp_partition"),  # with inductor's division into forward and backward
+    ],
+)
+def test_seed_under_compile_and_checkpoint(loss: Loss, backend: str) -> None:
     """The compiled gradient is that of the noise the compiled forward pass drew, checkpointed or not."""
     torch._dynamo.reset()
     x, weight = torch.randn(6, 4), torch.randn(4, 4, requires_grad=True)
@@ -259,6 +299,15 @@ def test_seed_under_compile_and_checkpoint(backend: str, loss: object) -> None:
     torch.testing.assert_close(got, plain)
     torch.testing.assert_close(grad, want)
     assert compiled(x, weight).item() != got.item()  # the next call draws anew
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_compiled_to_plain_cpp_the_words_are_the_same() -> None:
+    """Without vector instructions, as where inductor knows none of the processor."""
+    torch._dynamo.reset()
+    seed, bh = int64(5)[None], torch.arange(3)[None]
+    compiled = torch.compile(noise.word_grid, backend="inductor", fullgraph=True, options={"cpp.simdlen": 1})
+    assert torch.equal(compiled(seed, bh, 3, 30, 5, 20), noise.word_grid(seed, bh, 3, 30, 5, 20))
 
 
 @pytest.mark.parametrize("training", [False, True])
