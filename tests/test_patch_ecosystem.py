@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import accelerate
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing as mp
 import transformers as hf
 from torch import Tensor, nn
 
 import gumbel_attention as ga
+from forked import run_in_two
 from models import CONFIGS, HARD, PLAIN, TOKENS, VOCAB, build, inputs, logits, real, trained
 
 Config = ga.GumbelAttentionConfig
@@ -227,15 +226,13 @@ def test_accelerate_prepares_a_patched_model() -> None:
     accelerator.free_memory()
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _one_of_two(folder: Path) -> None:
     """Two steps of one process of two: wrapped by DDP, then sharded by FSDP2."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, device_id=None
-    )
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     results: dict[str, Any] = {}
     for kind in ("ddp", "fsdp2"):
         model: Any = trained("llama", "sdpa")
@@ -256,16 +253,13 @@ def _rank(rank: int, port: int, folder: str) -> None:
         full = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in model.state_dict().items()}
         results[kind] = {name.removeprefix("module."): value for name, value in full.items()}
     if rank == 0:
-        torch.save(results, Path(folder) / "weights.pt")
+        torch.save(results, folder / "weights.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_data_parallel_and_sharded_training_take_the_steps_of_one_process(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    run_in_two(_one_of_two, tmp_path, log=tmp_path / "log")
     results = torch.load(tmp_path / "weights.pt")
     model = trained("llama", "sdpa")
     ga.patch_model(model, Config(noise="none", hard=True, learn_tau="head"))

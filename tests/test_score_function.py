@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers as hf
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,6 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import gumbel_attention as ga
+from forked import run_in_two
 from gumbel_attention.integrations import rewritten_softmax
 from gumbel_attention.modules import GumbelSetAttention
 from gumbel_attention.score_function import CollectedLogProbs
@@ -338,12 +336,10 @@ def test_soft_attention_is_softmax_at_noise_scale(name: str) -> None:
     assert (other - got).abs().max() > 1e-2  # the control
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _one_of_two(folder: Path) -> None:
     """One process of two: its choices and the averaged gradient of a step on its own examples."""
-    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in settings.items()}
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
     model = accelerator.prepare(bert())
     assert isinstance(model, nn.parallel.DistributedDataParallel)
     own = {key: x[rank : rank + 1] for key, x in inputs(model.module, "right").items()}
@@ -356,16 +352,13 @@ def _rank(rank: int, port: int, folder: str) -> None:
             losses = losses_of(model, batch)
         accelerator.backward(ga.score_function_loss(losses, chosen.log_prob(), 0.3))
         results[f"{specific} {same}"] = (chosen.log_prob().detach(), gradients(model.module))
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     accelerator.end_training()
 
 
 @pytest.mark.slow
 def test_two_processes_average_their_gradients_and_draw_their_own_noise(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    run_in_two(_one_of_two, tmp_path, log=tmp_path / "log")
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     model = bert()
     alone = []
