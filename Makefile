@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest test-faults study-small local-minimum benchmark check format clean
+.PHONY: help install quickstart test test-fast test-triton test-models test-modalities test-lowest test-faults study-small local-minimum report benchmark check format clean
 
 help:
 	@echo "make quickstart  train softmax against ST-Gumbel attention on generated stories, draw what they attend to"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-faults  20 training runs killed at random moments that go on, four of two processes: the same bits"
 	@echo "make study-small  the small study from nothing, two runs at a time, compared with results/story; 15 minutes"
 	@echo "make local-minimum  the probe of early wrong choices, into results/local_minimum; 5 minutes"
+	@echo "make report      the page of all studies, results/report.html, from their committed runs; a minute"
 	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
@@ -72,6 +73,11 @@ study-small: $(STAMP)
 
 local-minimum: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) training/local_minimum.py --output_dir results/local_minimum
+
+STUDIES = story story_tau babi_qa1 babi_qa2 tinyshakespeare_study local_minimum
+
+report: $(STAMP)
+	$(RUN) training/report.py $(STUDIES:%=results/%) --output results/report.html
 
 benchmark: $(STAMP)
 	$(RUN) training/benchmark.py --preset $$($(RUN) -c "import torch; print('h100' if torch.cuda.is_available() else 'cpu')")
