@@ -239,6 +239,7 @@ def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
     make_study(tmp_path / "half", value, {**ARMS, "plain-2": {"noise": "none", "tau": 2.0}}, questions=asked)
     for path in (tmp_path / "half" / "runs").glob("plain-2-seed*"):
         path.unlink()
+    next((tmp_path / "half" / "runs").glob("noisy-seed3*")).unlink()
     failed = {"reason": "exit status 1", "log": ["a", "ValueError: why"]}
     (tmp_path / "half" / "failed").mkdir()
     planned = next(run for run in read_study(tmp_path / "half").runs if run.arm == "plain-2")
@@ -248,8 +249,8 @@ def test_a_study_that_is_not_finished(tmp_path: Path) -> None:
     findings = read_findings(tmp_path / "half")
     assert list(metric_table(findings).rows[2]) == ["plain-2", "0", "-", *["-"] * 5]
     text = parsed(page_of(findings)).text
-    assert "10 of 15 finished" in text
-    assert "plain-2 seed 0, plain-2 seed 1" in text
+    assert "9 of 15 finished" in text
+    assert "Not finished: noisy seed 3; plain-2 seeds 0, 1, 2, 3, 4." in text
     assert "exit status 1: ValueError: why" in text
     assert "under an earlier plan" not in text
     assert "Not answered: question 'late'" in text

@@ -130,10 +130,14 @@ class Findings:
         return [self.study.metric, *(name for name in names if name != self.study.metric)]
 
     @property
-    def missing(self) -> list[str]:
-        """The runs that are planned and not finished."""
+    def missing(self) -> dict[str, list[int]]:
+        """The runs that are planned and not finished: arm -> seeds."""
         finished = {(row.arm, row.seed) for row in self.rows}
-        return [run.label for run in self.study.runs if (run.arm, run.seed) not in finished]
+        seeds: dict[str, list[int]] = {}
+        for run in self.study.runs:
+            if (run.arm, run.seed) not in finished:
+                seeds.setdefault(run.arm, []).append(run.seed)
+        return seeds
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""

@@ -21,6 +21,7 @@ from study.tables import (
     difference_table,
     each,
     metric_table,
+    not_finished,
     other_metrics_table,
     search_table,
     verdict_lines,
@@ -171,8 +172,7 @@ def _what_was_run(findings: Findings) -> str:
 def _runs(findings: Findings) -> str:
     done, planned = len(findings.rows), len(findings.study.runs)
     hours = sum(row.seconds for row in findings.rows) / 3600
-    text = f"{done} of {planned} finished, {hours:.2g} hours in all."
-    return f"{text} Not finished: {words(findings.missing)}." if findings.missing else text
+    return f"{done} of {planned} finished, {hours:.2g} hours in all.{not_finished(findings)}"
 
 
 def _versions(findings: Findings) -> str:

@@ -174,10 +174,15 @@ def conditions(findings: Findings) -> str:
         f"{', '.join(f'{name} {each(values)}' for name, values in _versions(findings).items())}; "
         f"commit {each(_commit(row.commit, row.dirty) for row in rows)}."
     )
-    if findings.missing:
-        text += f" Not finished: {words(findings.missing)}."
+    text += not_finished(findings)
     mixed = [f"{row.arm} seed {row.seed} ({words(row.differs)})" for row in rows if row.differs]
     return f"{text} Mixed versions are marked *: {words(mixed)} differ from most runs." if mixed else text
+
+
+def not_finished(findings: Findings) -> str:
+    """A sentence with a space before it, or nothing where all runs are there."""
+    arms = [f"{arm} seed{'s' if len(seeds) > 1 else ''} {words(seeds)}" for arm, seeds in findings.missing.items()]
+    return f" Not finished: {'; '.join(arms)}." if arms else ""
 
 
 def verdict_lines(findings: Findings) -> list[tuple[str, str]]:
