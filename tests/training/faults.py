@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forked import Forked
 from interrupted import outcome, words
 
 import finetune
+from forked import Forked
 from harness.checkpoints import UNFINISHED, find_checkpoints
 from harness.results import CONFIG_FILE, RESULTS_FILE
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from forked import Forked, run_in_two
 
 

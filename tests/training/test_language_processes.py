@@ -11,12 +11,12 @@ import torch
 import two_readers
 import yaml
 from accelerate.data_loader import prepare_data_loader
-from forked import run_in_two
 from interrupted import outcome
 from language_runs import GPT2, TEXT, language_settings, results, start, stream_of
 from transformers import AutoTokenizer
 
 import language_model
+from forked import run_in_two
 from harness.errors import UsageError
 from harness.saved_run import read_identity
 from tasks import language_modelling

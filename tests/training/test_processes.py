@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import two_processes
-from forked import run_in_two
 from interrupted import outcome, start
 from safetensors.torch import load_file
 from tiny import sentences, write_rows
@@ -18,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from two_processes import ENDS, SIZES, quiet_run, rows_evaluated
 
 import gumbel_attention as ga
+from forked import run_in_two
 from harness.checkpoints import find_checkpoints
 from harness.evaluation import NOISE_OFF
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import run_in_two
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import transduction
+from forked import run_in_two
 from tasks.transduction import TransductionArguments
 
 TOLERANCE = 1e-6

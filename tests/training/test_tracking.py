@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from forked import run_in_two
 from interrupted import HARD_TO_RESUME, at_batch, outcome, start, stop_at_batch, words
 from recorder import RATES, Recorder, recorded, series_of, without_rates
 from test_nonfinite import FetchCounter
@@ -20,6 +19,7 @@ from tiny import sentences, write_rows
 from tqdm import tqdm
 
 import finetune
+from forked import run_in_two
 from gumbel_attention.diagnostics import MEASURES
 from harness.arguments import TRACKERS
 from harness.errors import UsageError
