@@ -17,7 +17,7 @@ help:
 	@echo "make test-faults  20 training runs killed at random moments that go on, four of two processes: the same bits"
 	@echo "make study-small  the small study from nothing, two runs at a time, compared with results/story; 15 minutes"
 	@echo "make local-minimum  the probe of early wrong choices, into results/local_minimum; 5 minutes"
-	@echo "make report      the page of all studies, results/report.html, from their committed runs; a minute"
+	@echo "make report      studies side by side on one page, results/report.html, from their committed runs; a minute"
 	@echo "make benchmark   time, memory and targets on this machine: a GPU where there is one, else the CPU"
 	@echo "make check       lint, format and types"
 	@echo "make install     the environment in $(VENV), from constraints.txt"
@@ -74,7 +74,7 @@ study-small: $(STAMP)
 local-minimum: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) training/local_minimum.py --output_dir results/local_minimum
 
-STUDIES = story story_tau babi_qa1 babi_qa2 tinyshakespeare_study local_minimum
+STUDIES = story story_tau babi_qa1 babi_qa2 tinyshakespeare_study hard_minilm local_minimum
 
 report: $(STAMP)
 	$(RUN) training/report.py $(STUDIES:%=results/%) --output results/report.html
