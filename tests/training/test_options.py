@@ -22,6 +22,7 @@ from tiny import run as run_once
 from tiny import write_rows
 from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import finetune
@@ -61,7 +62,8 @@ pytestmark = [  # of the compiler
 def _compile_afresh() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    plain_cpp = inductor_config.patch({"cpp.simdlen": 1})  # a third of the time; test_noise.py has the vectors
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), plain_cpp:
         yield
     torch._dynamo.reset()
 
