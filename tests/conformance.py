@@ -8,7 +8,6 @@ process that has TRITON_INTERPRET=1.
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,18 +22,12 @@ from gumbel_attention.impl import blockwise, reference
 from gumbel_attention.impl.cpu import build
 from gumbel_attention.impl.problem import AttentionProblem
 from half_precision import rounded_products
+from interpreter import INTERPRETING
 from tally import SHARE, TALLY
 
 Arguments = dict[str, object]
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETING
-INTERPRETER_WARNINGS = [  # numpy's, in Triton's interpreter
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    # rows past the last key hold anything; they are not stored
-    pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
 
 NAMES = tuple(name for name in IMPLEMENTATIONS if name != "reference")
 ARMS: dict[str, Arguments] = {

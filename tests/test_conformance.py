@@ -12,7 +12,6 @@ from conformance import (
     CUDA,
     DTYPES,
     HALF,
-    INTERPRETER_WARNINGS,
     MASKS,
     NAMES,
     TAUS,
@@ -27,6 +26,7 @@ from conformance import (
     skip_if_unable,
     thinned,
 )
+from interpreter import INTERPRETER_WARNINGS
 
 pytestmark = INTERPRETER_WARNINGS
 HARD = ("st", "det-st")

@@ -11,8 +11,6 @@ import gumbel_attention as ga
 from conformance import (
     ARMS,
     CUDA,
-    INTERPRETER_WARNINGS,
-    INTERPRETING,
     NAMES,
     Arguments,
     attend,
@@ -28,6 +26,7 @@ from conformance import (
 from gumbel_attention import noise
 from gumbel_attention.arguments import attention_problem
 from gumbel_attention.impl import blockwise, cpu, reference
+from interpreter import INTERPRETER_WARNINGS, INTERPRETING
 
 pytestmark = INTERPRETER_WARNINGS
 every = pytest.mark.parametrize("name", NAMES)

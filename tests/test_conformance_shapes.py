@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from conformance import (
     DTYPES,
     HALF,
-    INTERPRETER_WARNINGS,
     MASK_GRADIENT,
     MASKS,
     NAMES,
@@ -23,6 +22,7 @@ from conformance import (
     skip_if_unable,
     thinned,
 )
+from interpreter import INTERPRETER_WARNINGS
 
 configuration.set_hypothesis_home_dir(tempfile.gettempdir())
 pytestmark = INTERPRETER_WARNINGS

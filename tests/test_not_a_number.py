@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gumbel_attention as ga
-from conformance import CUDA, INTERPRETER_WARNINGS, INTERPRETING, NAMES, Arguments, attend, skip_if_unable, thinned
+from conformance import CUDA, NAMES, Arguments, attend, skip_if_unable, thinned
 from gumbel_attention.integrations.rewritten_softmax import SoftmaxState
+from interpreter import INTERPRETER_WARNINGS, INTERPRETING
 
 pytestmark = [*INTERPRETER_WARNINGS, pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")]
 NAN = math.nan

@@ -4,10 +4,6 @@ Without a GPU both run under Triton's interpreter. That is chosen by an environm
 imported, for good: they run in a process of their own, which a test here starts.
 """
 
-import importlib.metadata
-import importlib.util
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +13,6 @@ import torch
 
 from conformance import (
     CUDA,
-    INTERPRETER_WARNINGS,
-    INTERPRETING,
     Arguments,
     case,
     chosen_keys,
@@ -31,37 +25,21 @@ from gumbel_attention import noise
 from gumbel_attention.arguments import attention_problem
 from gumbel_attention.impl import reference
 from gumbel_attention.impl import triton as kernels
+from interpreter import INTERPRETER_WARNINGS, INTERPRETING, run_interpreted
 
 pytestmark = INTERPRETER_WARNINGS
 inside = pytest.mark.skipif(not INTERPRETING and not CUDA, reason="runs on a GPU, or under Triton's interpreter")
 TESTS = Path(__file__).parent
 
 
-def version(package: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in re.findall(r"\d+", importlib.metadata.version(package))[:2])
-
-
-def no_interpreter() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        return "the interpreter of triton < 3.7 needs numpy < 2.4"
-    return None
-
-
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 @pytest.mark.slow
 def test_kernels_in_a_process_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     """What is here, and the Triton cases of the conformance tests."""
-    reason = no_interpreter()
-    if reason is not None:
-        pytest.skip(reason)
     files = [__file__, *sorted(str(path) for path in TESTS.glob("test_conformance*.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    printed = run_interpreted("-k", "triton", *files)
     with capsys.disabled():
-        print("\n".join(line for line in done.stdout.splitlines() if "left out" in line or " passed" in line))
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        print("\n".join(line for line in printed.splitlines() if "left out" in line or " passed" in line))
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -7,8 +7,6 @@ process of their own, which one of them starts.
 import importlib
 import importlib.metadata
 import importlib.util
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,38 +23,18 @@ from gumbel_attention.arguments import attention_problem
 from gumbel_attention.impl import reference
 from gumbel_attention.impl import triton as kernels
 from gumbel_attention.impl.triton import device
+from interpreter import INTERPRETER_WARNINGS, INTERPRETING, run_interpreted
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETING, reason="runs in a process of its own, under Triton's interpreter")
 both = pytest.mark.parametrize("hard", [False, True])
-pytestmark = [  # the interpreter's, in numpy
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
+pytestmark = INTERPRETER_WARNINGS
 ops = torch.ops.gumbel_attention
-
-
-def version(package: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in re.findall(r"\d+", importlib.metadata.version(package))[:2])
-
-
-def no_interpreter() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if version("triton") < (3, 7) and version("numpy") >= (2, 4):
-        return "the interpreter of triton < 3.7 needs numpy < 2.4"
-    return None
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 @pytest.mark.slow
 def test_operators_in_a_process_of_their_own() -> None:
-    reason = no_interpreter()
-    if reason is not None:
-        pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

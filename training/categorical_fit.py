@@ -30,6 +30,7 @@ from torch import Tensor
 
 import gumbel_attention as ga
 from harness.errors import UsageError
+from harness.flags import check_at_least, check_grid
 from harness.results import write_atomically
 from harness.sampling import ARMS, Arm, Objective, choose_arms
 
@@ -79,15 +80,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     unknown = [task for task in args.tasks if task not in TASKS]
     if unknown or len(set(args.tasks)) < len(args.tasks):
         raise UsageError(f"--tasks must name each of {', '.join(TASKS)} at most once, got {' '.join(args.tasks)}.")
-    for name, lowest in {"seeds": 1, "steps": 10, "classes": 2, "pairs": 2, "hold": 1}.items():
-        if getattr(args, name) < lowest:
-            raise UsageError(f"--{name} must be at least {lowest}, got {getattr(args, name)}.")
+    check_at_least(args, {"seeds": 1, "steps": 10, "classes": 2, "pairs": 2, "hold": 1})
     if args.hold > args.steps:
         raise UsageError(f"--hold must be at most --steps {args.steps}, got {args.hold}.")
-    if not all(0 < rate < math.inf for rate in args.learning_rates):
-        raise UsageError(f"--learning_rates must be > 0 and finite, got {args.learning_rates}.")
-    if len(set(args.learning_rates)) < len(args.learning_rates):
-        raise UsageError(f"--learning_rates must differ from each other, got {args.learning_rates}.")
+    check_grid(args)
     for name, highest in {"tau": math.inf, "accuracy": 1.0}.items():
         if not 0 < getattr(args, name) < highest:
             raise UsageError(f"--{name} must be between 0 and {highest:g}, got {getattr(args, name)}.")

@@ -22,6 +22,7 @@ import torch
 
 import gumbel_attention as ga
 from harness.errors import UsageError
+from harness.flags import check_at_least, check_grid
 from harness.results import write_atomically
 from harness.sampling import ARMS, Arm, Objective, choose_arms
 from harness.vae import (
@@ -88,15 +89,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         "eval_every": 1,
         "test_samples": 1,
     }
-    for name, lowest in least.items():
-        if getattr(args, name) < lowest:
-            raise UsageError(f"--{name} must be at least {lowest}, got {getattr(args, name)}.")
+    check_at_least(args, least)
     if args.selection_seeds > args.seeds:
         raise UsageError(f"--selection_seeds must be at most --seeds {args.seeds}, got {args.selection_seeds}.")
-    if not all(0 < rate < float("inf") for rate in args.learning_rates):
-        raise UsageError(f"--learning_rates must be > 0 and finite, got {args.learning_rates}.")
-    if len(set(args.learning_rates)) < len(args.learning_rates):
-        raise UsageError(f"--learning_rates must differ from each other, got {args.learning_rates}.")
+    check_grid(args)
     if not 0 < args.tau_end < 1:
         raise UsageError(f"--tau_end must be between 0 and 1, where the schedule starts, got {args.tau_end}.")
 

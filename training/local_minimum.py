@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import sys
@@ -22,6 +21,7 @@ import torch
 
 import gumbel_attention as ga
 from harness.errors import UsageError
+from harness.flags import check_at_least, check_grid
 from harness.local_minimum import CUE, DECOY, Arm, Columns, Problem, Runs, Schedule, Sizes, fit
 from harness.results import write_atomically
 from study.local_minimum_report import plot_shares, plot_trajectories, table
@@ -97,13 +97,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: says which setting, and what it may be.
     """
-    for name, lowest in {"seeds": 2, "tuning_seeds": 1, "steps": 2}.items():
-        if getattr(args, name) < lowest:
-            raise UsageError(f"--{name} must be at least {lowest}, got {getattr(args, name)}.")
-    for name in ("noise_scales", "learning_rates"):
-        values = getattr(args, name)
-        if len(set(values)) < len(values) or not all(0 < value < math.inf for value in values):
-            raise UsageError(f"--{name} must be finite, > 0 and differ from each other, got {values}.")
+    check_at_least(args, {"seeds": 2, "tuning_seeds": 1, "steps": 2})
+    check_grid(args, "noise_scales")
+    check_grid(args)
 
 
 def cells(noise_scales: Sequence[float]) -> list[tuple[Arm, float, Schedule]]:

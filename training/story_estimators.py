@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import gumbel_attention as ga
 from harness.errors import UsageError
+from harness.flags import check_at_least, check_grid
 from harness.results import write_atomically
 from tasks.babi import Vocabulary, WorldSettings, generate_stories
 from tasks.story_report import choose_rate, report
@@ -155,11 +156,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     unknown = [name for name in args.arms if name not in ARMS]
     if unknown or len(set(args.arms)) < len(args.arms):
         raise UsageError(f"--arms must be different ones of {list(ARMS)}, got {args.arms}.")
-    for name in ("seeds", "steps", "batch_size", "eval_every", "train_stories", "validation_stories", "test_stories"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if not all(0 < rate < math.inf for rate in args.learning_rates):
-        raise UsageError(f"--learning_rates must be > 0 and finite, got {args.learning_rates}.")
+    positive = ("seeds", "steps", "batch_size", "eval_every", "train_stories", "validation_stories", "test_stories")
+    check_at_least(args, dict.fromkeys(positive, 1))
+    check_grid(args)
     if not 0 < args.target <= 1:
         raise UsageError(f"--target must be above 0 and at most 1, got {args.target}.")
     ga.temperature_schedule("exponential", args.tau_start, args.tau_end, args.steps)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import SPECIAL, WORDS, sentences, write_rows
+from tiny import SPECIAL, WORDS, small_settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -51,16 +51,4 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def settings(tmp_path: Path, bert: str) -> dict[str, Any]:
     """A run of six optimiser steps on 24 sentences."""
-    return {
-        "model_name_or_path": bert,
-        "cache_dir": str(tmp_path / "cache"),
-        "train_file": write_rows(tmp_path / "train.tsv", sentences(24)),
-        "validation_file": write_rows(tmp_path / "dev.tsv", sentences(11)),
-        "max_length": 16,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "output_dir": str(tmp_path / "run"),
-    }
+    return small_settings(bert, tmp_path) | {"output_dir": str(tmp_path / "run")}

@@ -197,7 +197,7 @@ def test_det_st_stays_on_its_argmax():
         (["--hold", "900"], "--hold must be at most --steps 700, got 900"),
         (["--accuracy", "1"], "--accuracy must be between 0 and 1, got 1.0"),
         (["--tau", "0"], "--tau must be between 0 and inf, got 0.0"),
-        (["--learning_rates", "-1"], "--learning_rates must be > 0 and finite"),
+        (["--learning_rates", "-1"], "--learning_rates must be finite, > 0 and differ from each other"),
     ],
 )
 def test_bad_arguments_are_refused(argv, message, capsys):

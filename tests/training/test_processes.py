@@ -12,7 +12,7 @@ import torch
 import two_processes
 from interrupted import outcome, start
 from safetensors.torch import load_file
-from tiny import sentences, write_rows
+from tiny import sentences, small_settings, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from two_processes import ENDS, SIZES, quiet_run, rows_evaluated
 
@@ -40,18 +40,7 @@ def one(base: Path, bert: str) -> dict[str, Any]:
         config |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         config |= {"initializer_range": 0.2}
         (folder / "config.json").write_text(json.dumps(config))
-    return {
-        "model_name_or_path": str(still),
-        "cache_dir": str(base / "cache"),
-        "train_file": write_rows(base / "train.tsv", sentences(24)),
-        "validation_file": write_rows(base / "dev.tsv", sentences(11)),
-        "max_length": 16,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
+    return small_settings(str(still), base)
 
 
 @pytest.fixture(scope="module")

@@ -232,7 +232,7 @@ def test_padding_changes_nothing(splits):
         (["--arms", "softmax", "softmax"], "got ['softmax', 'softmax']"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--learning_rates", "0"], "--learning_rates must be > 0 and finite, got [0.0]"),
+        (["--learning_rates", "0"], "--learning_rates must be finite, > 0 and differ from each other, got [0.0]"),
         (["--target", "1.5"], "--target must be above 0 and at most 1, got 1.5"),
         (["--tau_end", "0"], "end must be a finite number > 0, got 0.0"),
         (["--actors", "99"], "actors: expected 1 to 8, got 99"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from gradients import seen_gradients
 
 import transduction
 from forked import run_in_two
@@ -29,17 +29,8 @@ def uneven(tmp_path: Path) -> dict[str, Any]:
 
 def steps(settings: dict[str, Any], folder: Path, **changes: Any) -> tuple[list[float], list[torch.Tensor]]:
     """The losses and gradients of the optimiser steps of a run."""
-    seen: list[torch.Tensor] = []
-
-    def look(optimizer: Any, *_: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        seen.append(torch.cat([parameter.grad.detach().flatten() for parameter in parameters]))
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
+    with seen_gradients() as seen:
         record = transduction.run(TransductionArguments(**settings, **changes, output_dir=str(folder)))
-    finally:
-        handle.remove()
     return [entry["loss"] for entry in record.train], seen
 
 

@@ -27,6 +27,22 @@ def sentences(count: int) -> list[tuple[str, int]]:
     return (rows * 3)[:count]
 
 
+def small_settings(model: str, folder: Path) -> dict[str, Any]:
+    """Six optimiser steps of the model on 24 sentences, which are written into the folder; no output folder."""
+    return {
+        "model_name_or_path": model,
+        "cache_dir": str(folder / "cache"),
+        "train_file": write_rows(folder / "train.tsv", sentences(24)),
+        "validation_file": write_rows(folder / "dev.tsv", sentences(11)),
+        "max_length": 16,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+
+
 def run(settings: dict[str, Any], **changes: Any) -> TrainingRecord:
     return finetune.run(FinetuneArguments(**{**settings, "overwrite_output_dir": True, **changes}))
 

@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from gradients import seen_gradients
 from interrupted import start
 from sharded import train_sharded, train_sharded_and_save, train_sharded_by_hand
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -38,22 +38,6 @@ UNEVEN: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulati
 SIZES = [(872, 64), (11, 4), (8, 4), (9, 4), (7, 4), (5, 4), (4, 4), (3, 4), (1, 4), (871, 32)]
 """(rows, batch size per process) of evaluations; SST-2 has 872."""
 ENDS = 50
-
-
-@contextmanager
-def seen_gradients() -> Iterator[list[torch.Tensor]]:
-    """The list gets the gradients of every optimiser step, all parameters in one vector."""
-    seen: list[torch.Tensor] = []
-
-    def look(optimizer: Any, *_: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        seen.append(torch.cat([parameter.grad.detach().flatten() for parameter in parameters]))
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @contextmanager
