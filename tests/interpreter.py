@@ -26,7 +26,7 @@ INTERPRETER_WARNINGS = [  # numpy's
 def run_interpreted(*arguments: str) -> str:
     """What pytest prints in a process with the interpreter, which must succeed; skips where it cannot run."""
     reason = _no_interpreter()
-    if reason is not None:
+    if reason is not None:  # triton is no dependency of the tests: `make test-triton` installs it with its numpy
         pytest.skip(reason)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
