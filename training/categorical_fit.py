@@ -30,7 +30,7 @@ from torch import Tensor
 
 import gumbel_attention as ga
 from harness.errors import UsageError
-from harness.flags import check_at_least, check_grid
+from harness.flags import check_at_least, check_grid, end_if_refused
 from harness.results import write_atomically
 from harness.sampling import ARMS, Arm, Objective, choose_arms
 
@@ -63,10 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--accuracy", type=float, default=0.05, help="the error to get down to")
     add("--hold", type=int, default=20, help="consecutive steps at that accuracy that count as reached")
     args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-    except UsageError as error:
-        parser.error(str(error))
+    end_if_refused(parser, check_arguments, args)
     return args
 
 

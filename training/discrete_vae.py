@@ -22,7 +22,7 @@ import torch
 
 import gumbel_attention as ga
 from harness.errors import UsageError
-from harness.flags import check_at_least, check_grid
+from harness.flags import check_at_least, check_grid, end_if_refused
 from harness.results import write_atomically
 from harness.sampling import ARMS, Arm, Objective, choose_arms
 from harness.vae import (
@@ -66,10 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=int, default=125, help="steps between two looks at the validation images")
     add("--test_samples", type=int, default=30, help="posterior samples for each test image")
     args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-    except UsageError as error:
-        parser.error(str(error))
+    end_if_refused(parser, check_arguments, args)
     return args
 
 

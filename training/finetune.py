@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from harness.arguments import FinetuneArguments
 from harness.choice_transfer import freeze_choices, transfer_choices
@@ -36,6 +35,7 @@ from harness.loop import TrainingRecord, loss_of_model
 from harness.model_card import CardFacts
 from harness.models import load_classifier, load_tokenizer
 from harness.parsing import parse_arguments
+from harness.processes import teller
 from harness.results import write_atomically
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
@@ -70,16 +70,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Tokenises; a data set is told from others by its token and label ids."""
-
-        def tell(line: str) -> None:
-            if accelerator.is_main_process:
-                tqdm.write(line)
-
         config = load_config(self.args)
         self.tokenizer = load_tokenizer(self.args.model_name_or_path, self.args.cache_dir)
         check_vocabulary(config, self.tokenizer, self.args.model_name_or_path)
         with accelerator.main_process_first():
-            self.data = load_data(self.args, self.tokenizer, tell)
+            self.data = load_data(self.args, self.tokenizer, teller(accelerator))
         described = describe_data("train", self.data.train) | describe_data("validation", self.data.validation)
         described |= {"label_names": self.data.label_names}
         self.distillation = self._load_teacher(accelerator)

@@ -21,7 +21,7 @@ import torch
 
 import gumbel_attention as ga
 from harness.errors import UsageError
-from harness.flags import check_at_least, check_grid
+from harness.flags import check_at_least, check_grid, end_if_refused
 from harness.local_minimum import CUE, DECOY, Arm, Columns, Problem, Runs, Schedule, Sizes, fit
 from harness.results import write_atomically
 from study.local_minimum_report import plot_shares, plot_trajectories, table
@@ -84,10 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.seeds, args.tuning_seeds, args.steps, args.noise_scales, args.learning_rates = 4, 2, 20, [1.0], [0.1]
-    try:
-        check_arguments(args)
-    except UsageError as error:
-        parser.error(str(error))
+    end_if_refused(parser, check_arguments, args)
     return args
 
 

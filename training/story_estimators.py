@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import gumbel_attention as ga
 from harness.errors import UsageError
-from harness.flags import check_at_least, check_grid
+from harness.flags import check_at_least, check_grid, end_if_refused
 from harness.results import write_atomically
 from tasks.babi import Vocabulary, WorldSettings, generate_stories
 from tasks.story_report import choose_rate, report
@@ -140,10 +140,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--actors", type=int, default=4, help="number of actors")
     add("--places", type=int, default=4, help="number of places")
     args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-    except ValueError as error:
-        parser.error(str(error))
+    end_if_refused(parser, check_arguments, args)
     return args
 
 

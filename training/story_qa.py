@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from harness.loop import TrainingRecord
 from harness.model_card import CardFacts
 from harness.parsing import parse_arguments
+from harness.processes import teller
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
 from tasks.story_answering import (
@@ -60,12 +60,7 @@ model, vocabulary = load_model(folder)
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Reads or generates the stories; data are told from others by the words of their stories."""
-
-        def tell(line: str) -> None:
-            if accelerator.is_main_process:
-                tqdm.write(line)
-
-        self.data = load_data(self.args, tell)
+        self.data = load_data(self.args, teller(accelerator))
         described = [describe_data(name, describe(getattr(self.data, name))) for name in ("train", "validation")]
         return {**described[0], **described[1], "answers": self.data.vocabulary.answers}
 

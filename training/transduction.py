@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from harness.loop import TrainingRecord
 from harness.model_card import CardFacts
 from harness.parsing import parse_arguments
+from harness.processes import teller
 from harness.run import exit_with_status, run_task
 from harness.saved_run import describe_data
 from tasks.transduction import (
@@ -63,12 +63,7 @@ symbols = Symbols.load(folder)
 
     def load_data(self, accelerator: Accelerator) -> dict[str, Any]:
         """Reads both files; data are told from others by their examples."""
-
-        def tell(line: str) -> None:
-            if accelerator.is_main_process:
-                tqdm.write(line)
-
-        self.data = load_data(self.args, tell)
+        self.data = load_data(self.args, teller(accelerator))
         return describe_data("train", self.data.train) | describe_data("validation", self.data.validation)
 
     def make_loaders(self, order: torch.Generator) -> tuple[DataLoader[Any], DataLoader[Any]]:

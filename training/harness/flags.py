@@ -1,12 +1,22 @@
-"""Checks of command-line flags that several scripts have."""
+"""Checks of command-line flags that several scripts have, and how a script ends when one fails."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from harness.errors import UsageError
+
+
+def end_if_refused(
+    parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Ends the script with the parser's usage and what ``check`` says against the flags, if it raises ValueError."""
+    try:
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def check_at_least(args: argparse.Namespace, lowest: Mapping[str, int]) -> None:

@@ -1,8 +1,21 @@
-"""The end of a run on several processes."""
+"""A run on several processes: who speaks, and how they end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from accelerate import Accelerator
+from tqdm import tqdm
+
+
+def teller(accelerator: Accelerator) -> Callable[[str], None]:
+    """A function that prints a line, past progress bars, in the main process; in the others it does nothing."""
+
+    def tell(line: str) -> None:
+        if accelerator.is_main_process:
+            tqdm.write(line)
+
+    return tell
 
 
 def end_together(accelerator: Accelerator) -> None:

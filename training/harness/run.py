@@ -20,7 +20,6 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import gumbel_attention as ga
 from harness.arguments import RunArguments
@@ -34,7 +33,7 @@ from harness.loop import TrainingLoop, TrainingParts, make_optimizer, make_sched
 from harness.model_card import CardFacts, layer_names, write_model_card
 from harness.models import enable_checkpointing, make_accelerator
 from harness.nonfinite import NonFiniteError
-from harness.processes import end_together
+from harness.processes import end_together, teller
 from harness.results import environment, peak_memory_bytes, write_config, write_results
 from harness.resume import check_data, finished_before, prepare_output
 from harness.saved_run import RunIdentity, TrainingRecord, read_identity, use_plain_names
@@ -138,7 +137,7 @@ def _run(
     started: datetime,
 ) -> TrainingRecord:
     """The run between its beginning and its end, which has to find no variable that holds the model."""
-    tell = _teller(accelerator)
+    tell = teller(accelerator)
     if args.dry_run:
         _quieten_other_processes(accelerator)
         with _reading_weights(args):
@@ -289,14 +288,6 @@ def _code_of_parts(git: dict[str, Any] | None, checkpoint: Path | None) -> list[
     """The git states of the parts of a run, the present one last; none twice in a row."""
     before = [] if checkpoint is None else read_identity(checkpoint).code
     return before if before[-1:] == [git] else [*before, git]
-
-
-def _teller(accelerator: Accelerator) -> Callable[[str], None]:
-    def tell(line: str) -> None:
-        if accelerator.is_main_process:
-            tqdm.write(line)
-
-    return tell
 
 
 def _quieten_other_processes(accelerator: Accelerator) -> None:
