@@ -36,8 +36,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-
 h1, h2, h3 { line-height: 1.2; }
 h2 { border-top: 2px solid #111; padding-top: 1rem; margin-top: 3rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 0.5rem 0; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #bbb; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 0.8rem; margin: 0.5rem 0; }
+th, td { padding: 0.2rem 0.4rem; border-bottom: 1px solid #bbb; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #111; vertical-align: bottom; white-space: normal; }
 .text { text-align: left; }
 td.text { white-space: normal; min-width: 9rem; }
