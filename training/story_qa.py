@@ -11,6 +11,7 @@ asked in evaluation alone, with noise off and on. The saved model is read again 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,4 +108,5 @@ def run(args: StoryArguments) -> TrainingRecord:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the collector need not go through all that was imported, which takes a second at the end
     main()

@@ -12,6 +12,7 @@ match and edit distance are those of whole strings, with noise off and on. The s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,4 +110,5 @@ def run(args: TransductionArguments) -> TrainingRecord:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the collector need not go through all that was imported, which takes a second at the end
     main()

@@ -49,9 +49,11 @@ class SentenceEmbedding(nn.Module):
         self.word = nn.Embedding(vocabulary_size, width)
         nn.init.normal_(self.word.weight, std=INITIAL_STD)
 
-    def forward(self, words: Tensor) -> Tensor:
-        """Embeds (M, W) word numbers as (M, width)."""
-        return (self.word(words) * position_encoding(words, self.word.embedding_dim)).sum(1)
+    def forward(self, words: Tensor, encoding: Tensor | None = None) -> Tensor:
+        """Embeds (M, W) word numbers as (M, width); ``encoding``: their :func:`position_encoding`, if at hand."""
+        if encoding is None:
+            encoding = position_encoding(words, self.word.embedding_dim)
+        return (self.word(words) * encoding).sum(1)
 
 
 class MemoryNetwork(nn.Module):
@@ -131,7 +133,9 @@ class MemoryNetwork(nn.Module):
         """m and c, (B, N, width) each; 0 for padded facts."""
         ages = fact_ages(batch.fact_mask)[batch.fact_mask].clamp(max=self.key_age.num_embeddings - 1)
         words = batch.facts[batch.fact_mask]
-        keys, values = self.key(words) + self.key_age(ages), self.value(words) + self.value_age(ages)
+        encoding = position_encoding(words, self.key.word.embedding_dim)
+        keys = self.key(words, encoding) + self.key_age(ages)
+        values = self.value(words, encoding) + self.value_age(ages)
         empty = keys.new_zeros(*batch.fact_mask.shape, keys.shape[-1])
         places = (batch.fact_mask,)
         return empty.index_put(places, keys), empty.index_put(places, values)
