@@ -41,6 +41,7 @@ th, td { padding: 0.2rem 0.4rem; border-bottom: 1px solid #bbb; text-align: righ
 th { border-bottom: 2px solid #111; vertical-align: bottom; white-space: normal; }
 .text { text-align: left; }
 td.text { white-space: normal; min-width: 9rem; }
+.overview td { white-space: normal; }
 .note, figcaption { font-size: 0.85rem; color: #333; max-width: 56rem; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
@@ -66,7 +67,8 @@ def page(reports: Sequence[tuple[Findings, Sequence[Plot]] | Probe], command: st
         links = (f'<li><a href="#{_anchor(index)}">{escape(text)}</a></li>' for index, text in enumerate(titles))
         parts.append(f"<ul>{''.join(links)}</ul>")
         overview = overview_table([report[0] for report in reports if not isinstance(report, Probe)])
-        parts += [f"<h2>{TITLE}</h2>\n{_table(overview)}"] if overview is not None else []
+        if overview is not None:
+            parts.append(f"<h2>{TITLE}</h2>\n<div class='overview'>{_table(overview)}</div>")
     for index, report in enumerate(reports):
         head = f"<h2>{escape(titles[index])}</h2>" if len(titles) > 1 else ""
         if isinstance(report, Probe):
