@@ -74,7 +74,8 @@ study-small: $(STAMP)
 local-minimum: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) training/local_minimum.py --output_dir results/local_minimum
 
-STUDIES = story story_tau babi_qa1 babi_qa2 sigmorphon_german tinyshakespeare_study sst2_top sst2_all hard_minilm local_minimum
+STUDIES = story story_tau babi_qa1 babi_qa2 sigmorphon_german tinyshakespeare_study sst2_top sst2_all hard_minilm \
+	local_minimum
 
 report: $(STAMP)
 	$(RUN) training/report.py $(STUDIES:%=results/%) --output results/report.html
